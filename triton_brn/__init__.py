@@ -1,0 +1,25 @@
+"""triton_brn: Batch Renormalization (Ioffe, 2017) for PyTorch, in fused Triton kernels."""
+
+from pathlib import Path as _Path
+
+_here = _Path(__file__).parent
+if not (_here / "kernels" / "__init__.py").is_file() and (_here.parent / "pyproject.toml").is_file():
+    # A plain checkout: triton_brn.kernels is the folder kernels/ beside this package.
+    __path__.append(str(_here.parent))
+
+from .convert import convert_batchnorm  # noqa: E402
+from .functional import batch_renorm  # noqa: E402
+from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d  # noqa: E402
+from .planner import forced_strategy  # noqa: E402
+from .ramp import Ramp  # noqa: E402
+
+from .version import __version__  # noqa: E402
+__all__ = [
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "Ramp",
+    "batch_renorm",
+    "convert_batchnorm",
+    "forced_strategy",
+]

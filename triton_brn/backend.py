@@ -1,0 +1,49 @@
+"""Which code serves a tensor: the Triton kernels, or plain PyTorch."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+BACKENDS = ("auto", "triton", "eager")
+
+
+def uses_triton(device: torch.device) -> bool:
+    """Whether the Triton kernels serve tensors on ``device``, by TRITON_BRN_BACKEND.
+
+    ``auto`` (the default) takes Triton where its active driver serves the device or its
+    interpreter is on, else plain PyTorch.
+
+    Raises:
+        ValueError: TRITON_BRN_BACKEND has an unknown value.
+        RuntimeError: TRITON_BRN_BACKEND=triton where Triton cannot run.
+    """
+    choice = os.environ.get("TRITON_BRN_BACKEND", "auto")
+    if choice == "eager":
+        return False
+    if choice not in BACKENDS:
+        raise ValueError(f"TRITON_BRN_BACKEND: expected one of {', '.join(BACKENDS)}, got {choice!r}")
+    why_not = obstacle(device.type)
+    if why_not and choice == "triton":
+        raise RuntimeError(f"TRITON_BRN_BACKEND=triton cannot serve a tensor on {device}: {why_not}")
+    return not why_not
+
+
+@functools.cache
+def obstacle(device_type: str) -> str:
+    """Why Triton cannot serve this device type; empty where it can."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    if triton.knobs.runtime.interpret:
+        return ""
+    if device_type == "meta":
+        return "a meta tensor has no data"
+    try:
+        served = triton.runtime.driver.active.get_active_torch_device().type
+    except RuntimeError as error:  # no driver: the message names the reason
+        return f"Triton has no driver here ({error})"
+    return "" if served == device_type else f"Triton's driver serves {served}"

@@ -1,0 +1,138 @@
+"""batch_renorm: the function under the layers; its checks and its autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops import OPS
+from .ramp import Limit, Ramp, as_ramp
+from .validate import check_batch, check_numbers, check_tensors
+
+
+def batch_renorm(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float | None = 0.01,
+    eps: float = 1e-5,
+    r_max: Limit = 3.0,
+    d_max: Limit = 5.0,
+    num_batches_tracked: Tensor | None = None,
+    running_average: str = "std",
+) -> Tensor:
+    """Batch Renormalization (Ioffe 2017, Algorithm 1) over every axis but the second.
+
+    In training, the minibatch normalises itself, corrected per channel towards the running
+    statistics, which are then updated in place::
+
+        x_hat = (x - mu_B) / sigma_B * r + d            y = weight * x_hat + bias
+        r = clip(sigma_B / sigma, 1/r_max, r_max)       d = clip((mu_B - mu) / sigma, -d_max, d_max)
+
+    r and d are constants of the gradient. Otherwise ``y = weight * (x - mu) / sigma + bias``.
+
+    Args:
+        input: (N, C) or (N, C, ...); float32, float64, float16 or bfloat16, any strides. A tensor
+            with gaps or overlaps between its elements is first copied to a dense one.
+        running_mean: (C,) mu; float64 for a float64 input, else float32. Updated in training.
+        running_var: (C,) sigma^2 - eps, same dtype. Updated in training.
+        weight, bias: (C,) gamma and beta; the input's dtype or, for a half-precision input, float32.
+        training: normalise with the minibatch and update the statistics.
+        momentum: alpha, the weight of the new batch (torch's convention), in [0, 1]. None: the
+            cumulative average, 1 / (number of batches).
+        eps: added to the variance inside the square root.
+        r_max, d_max: clipping limits, >= 1 and >= 0. A number, None (no clipping) or a ``Ramp``
+            over ``num_batches_tracked``.
+        num_batches_tracked: integer scalar counter of the batches seen; incremented in training.
+            Required by ``Ramp`` and by ``momentum=None``.
+        running_average: what is averaged: ``"std"``, the standard deviation with eps inside
+            (the paper), or ``"var"``, the unbiased variance (torch.nn.BatchNorm).
+
+    Returns:
+        A tensor of the input's shape, dtype and memory format.
+
+    An empty batch changes no statistics. A channel whose batch holds a NaN or inf gives NaN and
+    keeps its running statistics.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be served, by name; nothing has been changed.
+    """
+    check_numbers(momentum, eps, running_average)
+    r_ramp, d_ramp = as_ramp("r_max", r_max, 1.0), as_ramp("d_max", d_max, 0.0)
+    check_tensors(input, running_mean, running_var, weight, bias, num_batches_tracked)
+    if not training:
+        if needs_grad(input, weight, bias):
+            return _Inference.apply(input, weight, bias, running_mean, running_var, eps)
+        return OPS.inference(input, weight, bias, running_mean, running_var, eps, False)[0]
+    check_batch(input, num_batches_tracked, momentum, r_ramp, d_ramp)
+    settings = (
+        -1.0 if momentum is None else momentum,
+        eps,
+        limits(r_ramp),
+        limits(d_ramp),
+        running_average == "std",
+    )
+    tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
+    if needs_grad(input, weight, bias):
+        return _Training.apply(*tensors, settings)
+    return OPS.forward(*tensors, *settings)[0]
+
+
+def limits(ramp: Ramp) -> list[float]:
+    """A ramp as the ops take it."""
+    return [ramp.start, ramp.stop, float(ramp.begin), float(ramp.end)]
+
+
+def needs_grad(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        input.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )
+
+
+class _Training(torch.autograd.Function):
+    """Forward with the minibatch's statistics; r and d are constants of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, running_mean, running_var, step, settings):  # type: ignore[no-untyped-def]
+        y, saved = OPS.forward(x, weight, bias, running_mean, running_var, step, *settings)
+        if not torch.compiler.is_compiling():
+            mutated = [running_mean, running_var] if step is None else [running_mean, running_var, step]
+            torch.autograd.graph.increment_version(mutated)
+        ctx.save_for_backward(x, weight, saved)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]
+        x, weight, saved = ctx.saved_tensors
+        dx, dweight, dbias = OPS.backward(dy, x, weight, saved, True, list(ctx.needs_input_grad[:3]))
+        return (*_wanted(ctx, dx, dweight, dbias), None, None, None, None)
+
+
+class _Inference(torch.autograd.Function):
+    """Forward with the running statistics, which are constants of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, running_mean, running_var, eps):  # type: ignore[no-untyped-def]
+        y, saved = OPS.inference(x, weight, bias, running_mean, running_var, eps, True)
+        ctx.save_for_backward(x, weight, saved)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]
+        x, weight, saved = ctx.saved_tensors
+        dx, dweight, dbias = OPS.backward(dy, x, weight, saved, False, list(ctx.needs_input_grad[:3]))
+        return (*_wanted(ctx, dx, dweight, dbias), None, None, None)
+
+
+def _wanted(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False))

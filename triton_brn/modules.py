@@ -1,0 +1,162 @@
+"""BatchRenorm1d, 2d, 3d: drop-in layers for torch.nn.BatchNorm1d, 2d, 3d."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .functional import batch_renorm
+from .ramp import Limit, Ramp, as_ramp
+from .validate import check_numbers, statistics_dtype
+
+
+class _BatchRenorm(nn.Module):
+    """What the layers share; the subclasses say which ranks they take.
+
+    Args:
+        num_features: C, the size of the input's second axis.
+        eps: added to the variance inside the square root (torch's default; the paper gives none).
+        momentum: alpha in the paper and in torch's convention: the weight of the new batch.
+            None: the cumulative average.
+        affine: learn ``weight`` (gamma) and ``bias`` (beta).
+        r_max, d_max: clipping limits of Algorithm 1: a number, None (no clipping) or a ``Ramp``
+            over ``num_batches_tracked``; may be set again at any time. Default: the paper's.
+        running_average: ``"std"`` averages the standard deviation (the paper), ``"var"`` the
+            unbiased variance (torch.nn.BatchNorm).
+        device, dtype: of the parameters; the running statistics are float32, or float64 for float64.
+
+    Parameters ``weight`` and ``bias`` and buffers ``running_mean``, ``running_var`` and
+    ``num_batches_tracked`` have the names and meaning of torch.nn.BatchNorm's, so state_dicts go
+    both ways. ``.half()`` and ``.bfloat16()`` leave them in float32.
+
+    See ``batch_renorm`` for the mathematics and the errors.
+    """
+
+    _version = 2  # as torch.nn.BatchNorm: 2 has num_batches_tracked
+    _ranks: tuple[int, ...] = ()
+
+    num_features: int
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.01,
+        affine: bool = True,
+        *,
+        r_max: Limit = Ramp(1.0, 3.0, begin=5_000, end=40_000),
+        d_max: Limit = Ramp(0.0, 5.0, begin=5_000, end=25_000),
+        running_average: str = "std",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_numbers(momentum, eps, running_average)
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.r_max = r_max
+        self.d_max = d_max
+        self.running_average = running_average
+        for name in ("weight", "bias"):
+            parameter = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
+            self.register_parameter(name, parameter)
+        stats = statistics_dtype(dtype or torch.get_default_dtype())
+        self.register_buffer("running_mean", torch.empty(num_features, device=device, dtype=stats))
+        self.register_buffer("running_var", torch.empty(num_features, device=device, dtype=stats))
+        self.register_buffer("num_batches_tracked", torch.zeros((), device=device, dtype=torch.long))
+        self.reset_parameters()
+
+    @property
+    def r_max(self) -> Limit:
+        """The clipping limit of r: a number >= 1, None or a Ramp."""
+        return self._r_max
+
+    @r_max.setter
+    def r_max(self, limit: Limit) -> None:
+        as_ramp("r_max", limit, 1.0)
+        self._r_max = limit
+
+    @property
+    def d_max(self) -> Limit:
+        """The clipping limit of d: a number >= 0, None or a Ramp."""
+        return self._d_max
+
+    @d_max.setter
+    def d_max(self, limit: Limit) -> None:
+        as_ramp("d_max", limit, 0.0)
+        self._d_max = limit
+
+    def reset_running_stats(self) -> None:
+        """Statistics of a standard normal input, and no batch seen."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        """As torch.nn.BatchNorm: weight 1, bias 0, running statistics reset."""
+        self.reset_running_stats()
+        if self.affine:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.ndim not in self._ranks:
+            ranks = " or ".join(f"{rank}D" for rank in self._ranks)
+            raise ValueError(f"input: expected {ranks} input for {type(self).__name__}, got {input.ndim}D")
+        return batch_renorm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+            r_max=self._r_max,
+            d_max=self._d_max,
+            num_batches_tracked=self.num_batches_tracked,
+            running_average=self.running_average,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"r_max={self.r_max}, d_max={self.d_max}, running_average={self.running_average!r}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BatchRenorm:
+        def keep_float32(t: Tensor) -> Tensor:
+            out = fn(t)
+            lowered = out.dtype in (torch.float16, torch.bfloat16) and out.dtype != t.dtype
+            return t.float().to(out.device) if lowered else out
+
+        return super()._apply(keep_float32, recurse)  # type: ignore[no-any-return]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
+        key = prefix + "num_batches_tracked"
+        if local_metadata.get("version", 1) < 2 and key not in state_dict:
+            state_dict[key] = self.num_batches_tracked  # a checkpoint older than the counter
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+class BatchRenorm1d(_BatchRenorm):
+    __doc__ = "Batch Renormalization of (N, C) or (N, C, L) inputs.\n" + (_BatchRenorm.__doc__ or "").split("\n", 1)[1]
+    _ranks = (2, 3)
+
+
+class BatchRenorm2d(_BatchRenorm):
+    __doc__ = "Batch Renormalization of (N, C, H, W) inputs.\n" + (_BatchRenorm.__doc__ or "").split("\n", 1)[1]
+    _ranks = (4,)
+
+
+class BatchRenorm3d(_BatchRenorm):
+    __doc__ = "Batch Renormalization of (N, C, D, H, W) inputs.\n" + (_BatchRenorm.__doc__ or "").split("\n", 1)[1]
+    _ranks = (5,)

@@ -1,0 +1,90 @@
+"""Checks of what users pass: every error names its argument and comes before any change."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .ramp import Ramp
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+AVERAGES = ("std", "var")
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a tensor of ``dtype`` is summed, and its statistics are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_numbers(momentum: float | None, eps: float, running_average: str) -> None:
+    if momentum is not None and not 0.0 <= momentum <= 1.0:
+        raise ValueError(f"momentum: expected None or a number in [0, 1], got {momentum}")
+    if not 0.0 <= eps < float("inf"):
+        raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
+    if running_average not in AVERAGES:
+        raise ValueError(f"running_average: expected 'std' or 'var', got {running_average!r}")
+
+
+def check_tensors(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    step: Tensor | None,
+) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"input: expected float32, float16, bfloat16 or float64, got {_name(x.dtype)}")
+    if x.ndim < 2:
+        raise ValueError(f"input: expected (N, C) or (N, C, ...), got {x.ndim} dimension(s)")
+    stats = statistics_dtype(x.dtype)
+    _check_vector("running_mean", running_mean, x, (stats,))
+    _check_vector("running_var", running_var, x, (stats,))
+    if running_mean.requires_grad or running_var.requires_grad:
+        raise ValueError("running_mean and running_var: expected tensors that do not require grad")
+    if weight is not None:
+        _check_vector("weight", weight, x, (x.dtype, stats))
+    if bias is not None:
+        _check_vector("bias", bias, x, (x.dtype, stats))
+        if weight is not None and weight.dtype != bias.dtype:
+            raise TypeError(f"bias: expected weight's dtype {_name(weight.dtype)}, got {_name(bias.dtype)}")
+    if step is not None:
+        if step.numel() != 1 or step.dtype != torch.int64:
+            raise TypeError(
+                "num_batches_tracked: expected a scalar int64 tensor, "
+                f"got {_name(step.dtype)} of shape {tuple(step.shape)}"
+            )
+        _check_device("num_batches_tracked", step, x)
+
+
+def check_batch(x: Tensor, step: Tensor | None, momentum: float | None, r_max: Ramp, d_max: Ramp) -> None:
+    """What training needs beyond inference."""
+    if x.numel() == x.shape[1] != 0:
+        raise ValueError(
+            f"input: expected more than 1 value per channel when training, got shape {tuple(x.shape)}"
+        )
+    if step is None:
+        if momentum is None:
+            raise ValueError("num_batches_tracked: momentum=None needs it")
+        for name, ramp in (("r_max", r_max), ("d_max", d_max)):
+            if ramp.start != ramp.stop:
+                raise ValueError(f"num_batches_tracked: a Ramp as {name} needs it")
+
+
+def _check_vector(name: str, v: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    channels = x.shape[1]
+    if v.ndim != 1 or v.shape[0] != channels:
+        raise ValueError(f"{name}: expected shape ({channels},) for an input of {channels} channels, got {tuple(v.shape)}")
+    if v.dtype not in dtypes:
+        allowed = " or ".join(dict.fromkeys(map(_name, dtypes)))
+        raise TypeError(f"{name}: expected {allowed} for a {_name(x.dtype)} input, got {_name(v.dtype)}")
+    _check_device(name, v, x)
+
+
+def _check_device(name: str, t: Tensor, x: Tensor) -> None:
+    if t.device != x.device:
+        raise ValueError(f"{name}: expected the input's device {x.device}, got {t.device}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
