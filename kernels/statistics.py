@@ -1,0 +1,195 @@
+"""Algorithm 1 of Ioffe (2017), per channel: moments, r and d, the running statistics.
+
+A mean is kept as an unevaluated sum ``mean + rest`` of two floats. Rounded to one float, the mean of
+a channel at 1e4 with a standard deviation of 1e-2 would be off by 5 % of that deviation.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import channel_sum
+
+#: Splits merged at a time: enough to hide the latency of L2, few enough to stay in registers.
+PIECE = tl.constexpr(16)
+
+
+@triton.jit
+def two_sum(a, b):
+    """a + b as (rounded sum, rounding error), exactly (Knuth)."""
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)
+
+
+@triton.jit
+def moments(t, inside, count, ROWS: tl.constexpr):
+    """mean, rest and M2 = sum((t - mean - rest)^2) of the ``count`` elements of each channel."""
+    mean = channel_sum(t, ROWS) / count
+    centred = tl.where(inside, t - mean, 0.0)
+    rest = channel_sum(centred, ROWS) / count
+    m2 = channel_sum(centred * centred, ROWS) - rest * rest * count
+    mean, rest = two_sum(mean, rest)
+    return mean, rest, tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def merge(n_a, mean_a, rest_a, m2_a, n_b, mean_b, rest_b, m2_b):
+    """The moments of the union of two sets (Chan, Golub and LeVeque 1979); either may be empty."""
+    n = n_a + n_b
+    share = n_b / tl.maximum(n, 1.0)
+    delta = (mean_b - mean_a) + (rest_b - rest_a)
+    mean, rest = two_sum(mean_a, rest_a + delta * share)
+    return n, mean, rest, m2_a + m2_b + delta * delta * (n_a * share)
+
+
+@triton.jit
+def store_partial(partials, split, n, mean, rest, m2, channel, exists, channels):
+    """Hand a split's moments to whoever finalises: partials (splits, 4, C)."""
+    p = partials + split * 4 * channels + channel
+    tl.store(p, n, mask=exists)
+    tl.store(p + channels, mean, mask=exists)
+    tl.store(p + 2 * channels, rest, mask=exists)
+    tl.store(p + 3 * channels, m2, mask=exists)
+
+
+@triton.jit
+def merge_partials(partials, splits, channel, exists, channels, STAT: tl.constexpr):
+    """The moments of all splits, always merged in the same order: results are repeatable."""
+    n = tl.zeros([channel.shape[0]], STAT)
+    mean, rest, m2 = n, n, n
+    for first in range(0, splits, PIECE):
+        split = first + tl.arange(0, PIECE)[:, None]
+        mask = (split < splits) & exists[None, :]
+        p = partials + split * 4 * channels + channel[None, :]
+        n_s = tl.load(p, mask=mask, other=0.0)
+        mean_s = tl.load(p + channels, mask=mask, other=0.0)
+        rest_s = tl.load(p + 2 * channels, mask=mask, other=0.0)
+        m2_s = tl.load(p + 3 * channels, mask=mask, other=0.0)
+        # The piece's moments, as offsets from the mean of its first split.
+        n_p = tl.sum(n_s, 0)
+        pivot = tl.sum(tl.where(split == first, mean_s, 0.0), 0)
+        offset = tl.where(mask, (mean_s - pivot) + rest_s, 0.0)
+        rest_p = tl.sum(n_s * offset, 0) / tl.maximum(n_p, 1.0)
+        deviation = offset - rest_p
+        m2_p = tl.sum(m2_s + n_s * deviation * deviation, 0)
+        n, mean, rest, m2 = merge(n, mean, rest, m2, n_p, pivot, rest_p, m2_p)
+    return n, mean, rest, m2
+
+
+@triton.jit
+def exact(number, STAT: tl.constexpr):
+    """A host number as a (1,) vector. It arrives as (nearest float32, remainder), whole for float64."""
+    return tl.full([1], number[0], STAT) + tl.full([1], number[1], STAT)
+
+
+@triton.jit
+def limit_at(ramp, step, STAT: tl.constexpr):
+    """The clipping limit of the batch that ``step`` batches came before; see triton_brn.Ramp."""
+    start, stop = exact(ramp[0], STAT), exact(ramp[1], STAT)
+    begin, end = exact(ramp[2], STAT), exact(ramp[3], STAT)
+    part = tl.maximum(step - begin, 0.0) / tl.maximum(end - begin, 1.0)
+    return tl.where(step >= end, stop, start + (stop - start) * part)
+
+
+@triton.jit
+def clip(v, low, high):
+    """clip that keeps NaN, as torch.clamp does."""
+    v = tl.maximum(v, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(v, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def finalise(
+    count,
+    mean,
+    rest,
+    m2,
+    running,
+    saved,
+    channel,
+    exists,
+    channels,
+    settings,
+    AVERAGE_STD: tl.constexpr,
+):
+    """From a channel's moments to r and d; then, and only then, the running statistics.
+
+    running: (running_mean (C,), running_var (C,), step scalar or None). saved: (5, C), receives
+    mean, rest, 1/sigma_B, r, d, which are returned too. The step counter is read, not written.
+    A channel whose moments are not finite keeps its running statistics.
+    """
+    STAT: tl.constexpr = saved.dtype.element_ty
+    running_mean, running_var, step_counter = running
+    momentum, eps, r_ramp, d_ramp = settings
+    eps = exact(eps, STAT)
+    mu = tl.load(running_mean + channel, mask=exists, other=0.0)
+    v = tl.load(running_var + channel, mask=exists, other=1.0)
+    step = tl.zeros([1], STAT)
+    if step_counter is not None:
+        step += tl.load(step_counter).to(STAT)
+    tl.debug_barrier()  # every warp has read what one of them is about to overwrite
+
+    v_batch = m2 / count
+    std = tl.sqrt(v_batch + eps)
+    sigma = tl.sqrt(v + eps)
+    r_max, d_max = limit_at(r_ramp, step, STAT), limit_at(d_ramp, step, STAT)
+    r = clip(std / sigma, 1.0 / r_max, r_max)
+    d = clip(((mean - mu) + rest) / sigma, -d_max, d_max)
+
+    alpha = exact(momentum, STAT)
+    alpha = tl.where(alpha < 0.0, 1.0 / (step + 1.0), alpha)  # negative: the cumulative average
+    if AVERAGE_STD:
+        # (sigma + alpha (std - sigma))^2 - eps, without the cancellation of eps: never negative.
+        cross = (v * v_batch + eps * (v + v_batch)) / (sigma * std + eps)
+        keep = 1.0 - alpha
+        v_new = keep * keep * v + alpha * alpha * v_batch + 2.0 * alpha * keep * cross
+    else:
+        v_new = v + alpha * (m2 / (count - 1.0) - v)
+    update = exists & (tl.abs(mean + rest) < float("inf")) & (v_batch < float("inf"))
+    tl.store(running_mean + channel, mu + alpha * ((mean - mu) + rest), mask=update)
+    tl.store(running_var + channel, v_new, mask=update)
+
+    rstd = 1.0 / std
+    store_saved(saved, mean, rest, rstd, r, d, channel, exists, channels)
+    return mean, rest, rstd, r, d
+
+
+@triton.jit
+def store_saved(saved, mean, rest, rstd, r, d, channel, exists, channels):
+    """Save what the apply phase and the backward need: saved (5, C)."""
+    tl.store(saved + channel, mean, mask=exists)
+    tl.store(saved + channels + channel, rest, mask=exists)
+    tl.store(saved + 2 * channels + channel, rstd, mask=exists)
+    tl.store(saved + 3 * channels + channel, r, mask=exists)
+    tl.store(saved + 4 * channels + channel, d, mask=exists)
+
+
+@triton.jit
+def load_saved(saved, channel, exists, channels):
+    """What ``store_saved`` stored: mean, rest, 1/sigma_B, r, d of these channels."""
+    mean = tl.load(saved + channel, mask=exists, other=0.0)
+    rest = tl.load(saved + channels + channel, mask=exists, other=0.0)
+    rstd = tl.load(saved + 2 * channels + channel, mask=exists, other=0.0)
+    r = tl.load(saved + 3 * channels + channel, mask=exists, other=0.0)
+    d = tl.load(saved + 4 * channels + channel, mask=exists, other=0.0)
+    return mean, rest, rstd, r, d
+
+
+@triton.jit
+def load_affine(affine, channel, exists, STAT: tl.constexpr):
+    """gamma and beta of these channels; (1, 0) where the layer has none."""
+    weight, bias = affine
+    gamma = tl.full([1], 1.0, STAT)
+    beta = tl.zeros([1], STAT)
+    if weight is not None:
+        gamma = tl.load(weight + channel, mask=exists, other=0.0).to(STAT)
+    if bias is not None:
+        beta = tl.load(bias + channel, mask=exists, other=0.0).to(STAT)
+    return gamma, beta
+
+
+@triton.jit
+def renormalise(t, mean, rest, rstd, r, d, gamma, beta):
+    """gamma * ((t - mean - rest) / sigma_B * r + d) + beta, one subtraction and one FMA per element."""
+    a = gamma * r * rstd
+    return (t - mean) * a + (gamma * d + beta - rest * a)
