@@ -103,6 +103,17 @@ def reference_gradients(
     return dx, dweight, dbias
 
 
+def sum_scales(
+    dy: Tensor, x: Tensor, *statistics: Tensor, training: bool = True, **options: Any
+) -> list[Tensor]:
+    """Per channel, sum |dy x_hat| and sum |dy|: what rounding errors of dweight and dbias scale with."""
+    if training:
+        x_hat = batch_renorm_reference(x, *statistics, **options).y
+    else:
+        x_hat = inference_reference(x, *statistics, **options)
+    return [(dy.double() * x_hat).abs().sum(_axes(x)[0]), dy.double().abs().sum(_axes(x)[0])]
+
+
 @dataclass
 class Inputs:
     """Tensors of one case; ``args`` are the first five arguments of batch_renorm."""

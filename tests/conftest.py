@@ -1,0 +1,42 @@
+"""The device, chosen once; fixed seeds; the backends that the host-side rooms run on."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+if DEVICE.type == "cpu" and os.environ.get("TRITON_BRN_BACKEND") != "triton":
+    # No GPU: Triton's interpreter runs the kernels. It is switched on before anything imports triton.
+    # TRITON_BRN_BACKEND=triton means that a driver for CPU tensors was installed by a pytest plugin.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where every test runs."""
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["eager", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test on plain PyTorch and on the kernels."""
+    monkeypatch.setenv("TRITON_BRN_BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the test on plain PyTorch: what it shows does not depend on the backend."""
+    monkeypatch.setenv("TRITON_BRN_BACKEND", "eager")
