@@ -66,6 +66,7 @@ def batch_renorm(
     check_numbers(momentum, eps, running_average)
     r_ramp, d_ramp = as_ramp("r_max", r_max, 1.0), as_ramp("d_max", d_max, 0.0)
     check_tensors(input, running_mean, running_var, weight, bias, num_batches_tracked)
+    weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
     if not training:
         if needs_grad(input, weight, bias):
             return _Inference.apply(input, weight, bias, running_mean, running_var, eps)
@@ -85,8 +86,8 @@ def batch_renorm(
 
 
 def limits(ramp: Ramp) -> list[float]:
-    """A ramp as the ops take it."""
-    return [ramp.start, ramp.stop, float(ramp.begin), float(ramp.end)]
+    """A ramp as the ops take it: one of no length, which switches at ``end``, gets a length of 1."""
+    return [ramp.start, ramp.stop, float(min(ramp.begin, ramp.end - 1)), float(ramp.end)]
 
 
 def needs_grad(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:

@@ -111,6 +111,8 @@ class _BatchRenorm(nn.Module):
         if input.ndim not in self._ranks:
             ranks = " or ".join(f"{rank}D" for rank in self._ranks)
             raise ValueError(f"input: expected {ranks} input for {type(self).__name__}, got {input.ndim}D")
+        if input.shape[1] != self.num_features:
+            raise ValueError(f"input: expected {self.num_features} channels, got {input.shape[1]}")
         return batch_renorm(
             input,
             self.running_mean,
@@ -143,7 +145,8 @@ class _BatchRenorm(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
         key = prefix + "num_batches_tracked"
         if local_metadata.get("version", 1) < 2 and key not in state_dict:
-            state_dict[key] = self.num_batches_tracked  # a checkpoint older than the counter
+            counter = self.num_batches_tracked  # the checkpoint is older than the counter
+            state_dict[key] = torch.zeros_like(counter, device="cpu") if counter.is_meta else counter
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 

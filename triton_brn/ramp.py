@@ -39,7 +39,9 @@ class Ramp:
         """The limit for the batch that ``step`` batches came before."""
         if step >= self.end:
             return self.stop
-        return self.start + (self.stop - self.start) * max(step - self.begin, 0) / (self.end - self.begin)
+        if step <= self.begin:
+            return self.start
+        return self.start + (self.stop - self.start) * (step - self.begin) / (self.end - self.begin)
 
 
 #: A clipping limit as users write it: a number, None for no clipping, or a Ramp.
@@ -48,14 +50,11 @@ Limit: TypeAlias = "float | Ramp | None"
 
 def as_ramp(name: str, limit: Limit, least: float) -> Ramp:
     """The Ramp that a user's limit means; ``least`` is the smallest value that makes sense."""
-    if isinstance(limit, Ramp):
-        ramp = limit
-    elif limit is None:
-        ramp = Ramp(math.inf, math.inf)
-    elif isinstance(limit, (int, float)) and not isinstance(limit, bool):
-        ramp = Ramp(float(limit), float(limit))
-    else:
+    if limit is None:
+        limit = math.inf
+    elif not isinstance(limit, (int, float, Ramp)) or isinstance(limit, bool):
         raise TypeError(f"{name}: expected a number, None or a Ramp, got {type(limit).__name__}")
-    if not (ramp.start >= least and ramp.stop >= least):
+    smallest = min(limit.start, limit.stop) if isinstance(limit, Ramp) else limit
+    if not smallest >= least:
         raise ValueError(f"{name}: expected values >= {least:g}, got {limit}")
-    return ramp
+    return limit if isinstance(limit, Ramp) else Ramp(float(limit), float(limit))

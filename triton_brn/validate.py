@@ -17,10 +17,10 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_numbers(momentum: float | None, eps: float, running_average: str) -> None:
-    if momentum is not None and not 0.0 <= momentum <= 1.0:
-        raise ValueError(f"momentum: expected None or a number in [0, 1], got {momentum}")
-    if not 0.0 <= eps < float("inf"):
-        raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
+    if momentum is not None and not (isinstance(momentum, (int, float)) and 0.0 <= momentum <= 1.0):
+        raise ValueError(f"momentum: expected None or a number in [0, 1], got {momentum!r}")
+    if not (isinstance(eps, (int, float)) and 0.0 <= eps < float("inf")):
+        raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}")
     if running_average not in AVERAGES:
         raise ValueError(f"running_average: expected 'std' or 'var', got {running_average!r}")
 
@@ -38,10 +38,10 @@ def check_tensors(
     if x.ndim < 2:
         raise ValueError(f"input: expected (N, C) or (N, C, ...), got {x.ndim} dimension(s)")
     stats = statistics_dtype(x.dtype)
-    _check_vector("running_mean", running_mean, x, (stats,))
-    _check_vector("running_var", running_var, x, (stats,))
-    if running_mean.requires_grad or running_var.requires_grad:
-        raise ValueError("running_mean and running_var: expected tensors that do not require grad")
+    for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
+        _check_vector(name, statistic, x, (stats,))
+        if statistic.requires_grad or not statistic.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor that does not require grad")
     if weight is not None:
         _check_vector("weight", weight, x, (x.dtype, stats))
     if bias is not None:
