@@ -12,13 +12,14 @@ from .functional import batch_renorm  # noqa: E402
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d  # noqa: E402
 from .planner import forced_strategy  # noqa: E402
 from .ramp import Ramp  # noqa: E402
-
 from .version import __version__  # noqa: E402
+
 __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
     "Ramp",
+    "__version__",
     "batch_renorm",
     "convert_batchnorm",
     "forced_strategy",

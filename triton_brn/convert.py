@@ -12,7 +12,11 @@ from .validate import statistics_dtype
 
 _log = logging.getLogger(__name__)
 
-_LAYERS = {nn.BatchNorm1d: BatchRenorm1d, nn.BatchNorm2d: BatchRenorm2d, nn.BatchNorm3d: BatchRenorm3d}
+_LAYERS: dict[type[nn.Module], type[BatchRenorm1d | BatchRenorm2d | BatchRenorm3d]] = {
+    nn.BatchNorm1d: BatchRenorm1d,
+    nn.BatchNorm2d: BatchRenorm2d,
+    nn.BatchNorm3d: BatchRenorm3d,
+}
 
 
 def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
@@ -45,22 +49,22 @@ def _convert(module: nn.Module, options: dict[str, Any], done: dict[nn.Module, n
 
 
 def _replacement(module: nn.Module, options: dict[str, Any]) -> nn.Module:
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module
     layer = _LAYERS.get(type(module))
     if layer is None:
-        if isinstance(module, tuple(_LAYERS)):
-            _log.warning("convert_batchnorm: left %s as it is, a subclass of BatchNorm", type(module).__name__)
+        _log.warning("convert_batchnorm: left %s as it is, a subclass of BatchNorm", type(module).__name__)
         return module
-    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-    device = None
-    if module.weight is not None or module.running_mean is not None:
-        device = (module.running_mean if module.weight is None else module.weight).device
-    new = layer(module.num_features, module.eps, affine=module.affine, device=device, **options)
+    like = module.running_mean if module.weight is None else module.weight
+    where: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
+    new = layer(module.num_features, module.eps, affine=module.affine, **where, **options)
     if module.affine:
         new.weight, new.bias = module.weight, module.bias
-    if module.running_mean is not None:
+    if module.running_mean is not None and module.running_var is not None:
         stats = statistics_dtype(module.running_mean.dtype)
         new.running_mean = module.running_mean.to(stats)
         new.running_var = module.running_var.to(stats)
-        new.num_batches_tracked = module.num_batches_tracked
+        if module.num_batches_tracked is not None:
+            new.num_batches_tracked = module.num_batches_tracked
     new.train(module.training)
     return new

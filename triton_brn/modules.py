@@ -39,6 +39,8 @@ class _BatchRenorm(nn.Module):
     _ranks: tuple[int, ...] = ()
 
     num_features: int
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -66,7 +68,9 @@ class _BatchRenorm(nn.Module):
         self.d_max = d_max
         self.running_average = running_average
         for name in ("weight", "bias"):
-            parameter = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
+            parameter = (
+                nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
+            )
             self.register_parameter(name, parameter)
         stats = statistics_dtype(dtype or torch.get_default_dtype())
         self.register_buffer("running_mean", torch.empty(num_features, device=device, dtype=stats))
@@ -103,7 +107,7 @@ class _BatchRenorm(nn.Module):
     def reset_parameters(self) -> None:
         """As torch.nn.BatchNorm: weight 1, bias 0, running statistics reset."""
         self.reset_running_stats()
-        if self.affine:
+        if self.weight is not None and self.bias is not None:
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
 
@@ -140,9 +144,11 @@ class _BatchRenorm(nn.Module):
             lowered = out.dtype in (torch.float16, torch.bfloat16) and out.dtype != t.dtype
             return t.float().to(out.device) if lowered else out
 
-        return super()._apply(keep_float32, recurse)  # type: ignore[no-any-return]
+        return super()._apply(keep_float32, recurse)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         key = prefix + "num_batches_tracked"
         if local_metadata.get("version", 1) < 2 and key not in state_dict:
             counter = self.num_batches_tracked  # the checkpoint is older than the counter
@@ -151,15 +157,22 @@ class _BatchRenorm(nn.Module):
 
 
 class BatchRenorm1d(_BatchRenorm):
-    __doc__ = "Batch Renormalization of (N, C) or (N, C, L) inputs.\n" + (_BatchRenorm.__doc__ or "").split("\n", 1)[1]
+    __doc__ = (
+        "Batch Renormalization of (N, C) or (N, C, L) inputs.\n"
+        + (_BatchRenorm.__doc__ or "").split("\n", 1)[1]
+    )
     _ranks = (2, 3)
 
 
 class BatchRenorm2d(_BatchRenorm):
-    __doc__ = "Batch Renormalization of (N, C, H, W) inputs.\n" + (_BatchRenorm.__doc__ or "").split("\n", 1)[1]
+    __doc__ = (
+        "Batch Renormalization of (N, C, H, W) inputs.\n" + (_BatchRenorm.__doc__ or "").split("\n", 1)[1]
+    )
     _ranks = (4,)
 
 
 class BatchRenorm3d(_BatchRenorm):
-    __doc__ = "Batch Renormalization of (N, C, D, H, W) inputs.\n" + (_BatchRenorm.__doc__ or "").split("\n", 1)[1]
+    __doc__ = (
+        "Batch Renormalization of (N, C, D, H, W) inputs.\n" + (_BatchRenorm.__doc__ or "").split("\n", 1)[1]
+    )
     _ranks = (5,)

@@ -74,7 +74,9 @@ def check_batch(x: Tensor, step: Tensor | None, momentum: float | None, r_max: R
 def _check_vector(name: str, v: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     channels = x.shape[1]
     if v.ndim != 1 or v.shape[0] != channels:
-        raise ValueError(f"{name}: expected shape ({channels},) for an input of {channels} channels, got {tuple(v.shape)}")
+        raise ValueError(
+            f"{name}: expected shape ({channels},) for an input of {channels} channels, got {tuple(v.shape)}"
+        )
     if v.dtype not in dtypes:
         allowed = " or ".join(dict.fromkeys(map(_name, dtypes)))
         raise TypeError(f"{name}: expected {allowed} for a {_name(x.dtype)} input, got {_name(v.dtype)}")
