@@ -100,9 +100,10 @@ def backward_kernel(
             tile_gx += g * normalised(t, mean, rest, rstd)
             if APPLY:
                 store(dx, offsets, g * (gamma * rstd), inside, whole, WINDOW)
+        sum_g, sum_gx = channel_sum(tile_g, ROWS), channel_sum(tile_gx, ROWS)
         p = partials + split * 2 * channels + channel
-        tl.store(p, channel_sum(tile_g, ROWS), mask=exists)
-        tl.store(p + channels, channel_sum(tile_gx, ROWS), mask=exists)
+        tl.store(p, sum_g, mask=exists)
+        tl.store(p + channels, sum_gx, mask=exists)
         if arrive(tickets + group, splits):
             sum_g, sum_gx = add_partials(partials, splits, channel, exists, channels, STAT)
             store_grads(grads, sum_g, sum_gx, r, d, channel, exists)

@@ -44,7 +44,8 @@ def inference_kernel(
     rstd = 1.0 / tl.sqrt(var + exact(eps, STAT))
     zero = tl.zeros_like(mean)
     if SAVE:
-        store_saved(saved, mean, zero, rstd, zero + 1.0, zero, channel, exists & (split == 0), channels)
+        if split == 0:
+            store_saved(saved, mean, zero, rstd, zero + 1.0, zero, channel, exists, channels)
     begin, end = split_range(split, length(outer, inner, ROWS, WINDOW, VEC), BLOCK)
     for start in range(begin, end, BLOCK):
         offsets, inside, touched, whole = locate(

@@ -26,10 +26,10 @@ def moments(t, inside, count, ROWS: tl.constexpr):
     """mean, rest and M2 = sum((t - mean - rest)^2) of the ``count`` elements of each channel."""
     mean = channel_sum(t, ROWS) / count
     centred = tl.where(inside, t - mean, 0.0)
-    rest = channel_sum(centred, ROWS) / count
-    m2 = channel_sum(centred * centred, ROWS) - rest * rest * count
-    mean, rest = two_sum(mean, rest)
-    return mean, rest, tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    mean, rest = two_sum(mean, channel_sum(centred, ROWS) / count)
+    # Centred anew: the tile above need not wait in registers, and what remains of its sum is nothing.
+    centred = tl.where(inside, (t - mean) - rest, 0.0)
+    return mean, rest, channel_sum(centred * centred, ROWS)
 
 
 @triton.jit

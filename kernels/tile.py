@@ -37,10 +37,8 @@ def vectors(inner, WINDOW: tl.constexpr, VEC: tl.constexpr):
 @triton.jit
 def channel_range(group, channels, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """The channels of a program's group, and which of them exist."""
-    if ROWS:
-        channel = group * WIDTH + tl.arange(0, WIDTH)
-    else:
-        channel = group + tl.arange(0, 1)
+    CHANNELS: tl.constexpr = WIDTH if ROWS else 1
+    channel = group * CHANNELS + tl.arange(0, CHANNELS)
     return channel, channel < channels
 
 

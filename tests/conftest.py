@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
@@ -40,3 +41,22 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the test on plain PyTorch: what it shows does not depend on the backend."""
     monkeypatch.setenv("TRITON_BRN_BACKEND", "eager")
+
+
+def _round_bfloat16() -> None:
+    """Triton's interpreter (3.6 to 3.9) truncates float32 to bfloat16; GPUs round. Let it round."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(data, source, target, mode):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(data.copy()).bfloat16().view(torch.int16).numpy()
+        return convert(data, source, target, mode)
+
+    interpreter._convert_float = rounding
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    _round_bfloat16()

@@ -57,24 +57,17 @@ def backward(dy, x, weight, saved, training, needs):  # type: ignore[no-untyped-
     x, view = dense(x, "input")
     dy = laid_out_as(x, dy)
     how = plan("backward", view, x.element_size(), device_of(x))
-    dx = torch.empty_like(x) if needs[0] else None
     like = saved if weight is None else weight
-    grads = like.new_empty((2, view.channels)) if needs[1] or needs[2] else None
-    vectors = (None, None) if grads is None else grads.unbind()
-    partials = (
-        None
-        if how.strategy == "resident" and training
-        else saved.new_empty((how.splits + 1, 2, view.channels))
-    )
-    arguments = (x, dy, dx, (weight, None), saved, vectors) + ((partials, tickets(x, how.groups)), *view)
-    sums = training or grads is not None
-    together = how.strategy == "resident" or not training or dx is None or not sums
-    phases = ((sums, dx is not None),) if together else ((True, False), (False, True))
-    for sums, apply in phases:
-        launch(backward_kernel, how, x, *arguments, TRAINING=training, SUMS=sums, APPLY=apply)
+    dx = torch.empty_like(x) if needs[0] else None
+    grads = like.new_empty((2, view.channels)).unbind() if needs[1] or needs[2] else (None, None)
+    sums = training or grads[0] is not None
+    one_launch = how.strategy == "resident" or not training or dx is None
+    partials = saved.new_empty((how.splits + 1, 2, view.channels)) if sums else None
+    arguments = (x, dy, dx, (weight, None), saved, grads, (partials, tickets(x, how.groups)), *view)
+    for phases in ((sums, dx is not None),) if one_launch else ((True, False), (False, True)):
+        launch(backward_kernel, how, x, *arguments, TRAINING=training, SUMS=phases[0], APPLY=phases[1])
     empty = like.new_empty(0)
-    dweight, dbias = (empty, empty) if grads is None else vectors
-    return x.new_empty(0) if dx is None else dx, dweight, dbias
+    return x.new_empty(0) if dx is None else dx, *(empty if grad is None else grad for grad in grads)
 
 
 def launch(kernel: Any, how: Plan, x: Tensor, *arguments: Any, **phases: bool) -> None:
@@ -133,6 +126,7 @@ def tickets(x: Tensor, count: int) -> Tensor:
 
 
 def device_of(x: Tensor) -> Device:
+    """What the planner knows of x's device."""
     return _device(x.device.index or 0)
 
 

@@ -56,9 +56,10 @@ class Plan:
         }
 
 
-#: Elements of a resident tile. Compiled for sm_90 without spills: forward 64 elements a thread take
-#: 98 registers, 128 spill; backward keeps x and dy: 32 a thread take 81, 64 spill.
-RESIDENT = {"forward": 32_768, "backward": 16_384}
+#: Elements of a resident tile at most, by shape, (channel-major, rows). Compiled for sm_90 with 16
+#: warps: forward, 64 elements a thread take 128 registers channel-major and spill 184 bytes in rows;
+#: backward keeps x and dy: 32 elements a thread take 120 registers.
+RESIDENT = {"forward": (32_768, 16_384), "backward": (16_384, 16_384), "inference": (0, 0)}
 #: Elements of a tile in a loop: enough loads in flight per thread (16), and two programs to an SM.
 LOOPED = 4_096
 #: Elements a thread holds before the tile gets more warps.
@@ -89,7 +90,7 @@ def forced_strategy(strategy: str) -> Iterator[None]:
         _forced = before
 
 
-def plan(direction: str, view: View, itemsize: int, device: Device, *, splittable: bool = True) -> Plan:
+def plan(direction: str, view: View, itemsize: int, device: Device) -> Plan:
     """The plan for ``direction`` ("forward", "backward", "inference"), under ``forced_strategy``.
 
     Args:
@@ -97,7 +98,6 @@ def plan(direction: str, view: View, itemsize: int, device: Device, *, splittabl
         view: the tensor's sizes, none of them 0.
         itemsize: bytes per element of x.
         device: where it runs.
-        splittable: False for a kernel without a two-launch form.
 
     Raises:
         ValueError: the forced strategy cannot serve this view, and why.
@@ -113,7 +113,7 @@ def _plan(direction: str, view: View, itemsize: int, device: Device, forced: str
     width = max(vec, min(32 // itemsize, power_of_two(view.channels))) if rows else vec
 
     block = power_of_two(total)
-    limit = RESIDENT.get(direction, 0) // (2 if itemsize == 8 else 1)
+    limit = RESIDENT[direction][rows] // (2 if itemsize == 8 else 1)
     if forced == "resident" and block * width > limit:
         raise ValueError(
             f"strategy: 'resident' keeps a channel in one program's registers, {limit:,} elements at most "
@@ -152,10 +152,12 @@ def segment_vectors(view: View, window: bool, vec: int) -> int:
 
 
 def groups(view: View, rows: bool, width: int) -> int:
+    """Programs along the channels."""
     return -(-view.channels // width) if rows else view.channels
 
 
 def warps_for(direction: str, elements: int) -> int:
+    """Warps for a tile of that many elements."""
     return min(16, max(1, elements // (32 * PER_THREAD[direction])))
 
 
