@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,19 @@ def _backend(x: Tensor):  # type: ignore[no-untyped-def]
     return eager
 
 
+def _untracked(impl):  # type: ignore[no-untyped-def]
+    """Autograd looks at the Functions around the operators, never inside an operator."""
+
+    @functools.wraps(impl)
+    def run(*args):  # type: ignore[no-untyped-def]
+        if not torch.is_grad_enabled():
+            return impl(*args)
+        with torch.no_grad():
+            return impl(*args)
+
+    return run
+
+
 def _forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_max, d_max, average_std):  # type: ignore[no-untyped-def]
     return _backend(x).forward(
         x, weight, bias, running_mean, running_var, step, momentum, eps, r_max, d_max, average_std
@@ -78,7 +93,7 @@ for _name, _impl, _fake in (
     ("inference", _inference, _inference_fake),
     ("backward", _backward, _backward_fake),
 ):
-    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+    _library.impl(_name, _untracked(_impl), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 

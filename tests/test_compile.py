@@ -1,0 +1,224 @@
+"""torch.compile, autocast, opcheck and gradcheck: the operators as torch sees them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from reference import assert_accurate, batch_renorm_reference, inputs
+from torch import Tensor, nn
+
+from triton_brn import BatchRenorm1d, BatchRenorm2d, Ramp, batch_renorm
+from triton_brn.ops import OPS
+
+RAMP = {"r_max": Ramp(1.0, 3.0, begin=0, end=3), "d_max": Ramp(0.0, 5.0, begin=0, end=3)}
+
+
+@functools.cache
+def inductor_works() -> str:
+    """Why torch.compile's default backend cannot build for the CPU here; empty where it can."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(3))
+    except Exception as error:
+        return f"no C++ compiler that inductor can use: {str(error).splitlines()[0]}"
+    return ""
+
+
+@pytest.fixture(params=["aot_eager", "inductor"])
+def compiled(request: pytest.FixtureRequest) -> Callable[[nn.Module], nn.Module]:
+    """torch.compile without graph breaks."""
+    torch._dynamo.reset()
+    if request.param == "inductor" and (reason := inductor_works()):
+        pytest.skip(reason)
+    return lambda module: torch.compile(module, fullgraph=True, backend=request.param)
+
+
+def network(affine: bool = True) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 3, 1), BatchRenorm2d(3, affine=affine, momentum=0.3, **RAMP), nn.Tanh())
+
+
+def step(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    x = x.clone().requires_grad_()
+    y = module(x)
+    wanted = [x, *module.parameters()]
+    dx, *grads = torch.autograd.grad(y.float().square().sum(), wanted)
+    return y.detach(), dx, grads
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_is_uncompiled(compiled: Callable, eager: None, device) -> None:
+    plain = network().to(device)
+    other = copy.deepcopy(plain)
+    fast = compiled(other)
+    for _ in range(4):  # through the ramps; one graph must serve them all
+        x = torch.randn(4, 2, 3, 3, device=device) * 3 + 1
+        assert_same(step(fast, x), step(plain, x))
+        assert_same(list(other.buffers()), list(plain.buffers()))
+    assert plain[1].num_batches_tracked.item() == 4
+    assert other[1].num_batches_tracked.item() == 4
+    plain.eval(), other.eval()
+    assert_same(step(fast, x), step(plain, x))
+    with torch.no_grad():
+        assert_same(fast(x), plain(x))
+        assert_same(fast.train()(x), plain.train()(x))
+    assert_same(list(other.buffers()), list(plain.buffers()))
+
+
+def test_one_graph_serves_every_step(eager: None, device) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    module = torch.compile(network().to(device), fullgraph=True, backend=counter)
+    for _ in range(5):
+        module(torch.randn(4, 2, 3, 3, device=device)).sum().backward()
+    assert counter.frame_count == 1
+
+
+def test_compiled_kernels_without_affine(backend: str, device) -> None:
+    """The operators are opaque to the compiler: whichever backend serves them."""
+    torch._dynamo.reset()
+    plain = network(affine=False).to(device)
+    other = copy.deepcopy(plain)
+    fast = torch.compile(other, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 2, 3, 3, device=device)
+    for module in (plain, other):
+        module(x)
+    assert_same(step(fast, x), step(plain, x))
+    assert_same(list(other.buffers()), list(plain.buffers()))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "with_compile"), [(torch.float16, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
+def test_autocast(dtype: torch.dtype, with_compile: bool, backend: str, device) -> None:
+    layer = BatchRenorm2d(3, r_max=3.0, d_max=5.0).to(device)
+    first = nn.Conv2d(2, 3, 1, device=device)
+    model = nn.Sequential(first, layer)
+    if with_compile:
+        torch._dynamo.reset()
+        model = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 2, 3, 3, device=device)
+    before = copy.deepcopy(layer)
+    with torch.autocast(device.type, dtype):
+        y = model(x)
+        z = first(x)
+    y.sum().backward()
+    assert z.dtype == y.dtype == dtype
+    assert {t.dtype for t in (layer.weight, layer.bias, layer.running_mean, layer.running_var)} == {
+        torch.float32
+    }
+    assert layer.weight.grad.dtype == first.weight.grad.dtype == torch.float32
+    expected = batch_renorm_reference(z.detach(), before.running_mean, before.running_var)
+    assert_accurate(y, expected.y)
+    assert_accurate(layer.running_mean, expected.running_mean, scale=expected.running_mean.abs().max())
+    assert_accurate(layer.running_var, expected.running_var)
+
+
+OPCHECKS = {
+    "plain": {},
+    "grad": {"requires_grad": True},
+    "no affine": {"affine": False},
+    "channels_last": {"layout": "channels_last", "requires_grad": True},
+    "gaps": {"layout": "gaps"},
+    "half": {"dtype": torch.float16, "requires_grad": True},
+    "double": {"dtype": torch.float64},
+}
+
+
+@pytest.mark.parametrize("what", OPCHECKS)
+def test_opcheck(what: str, backend: str, device) -> None:
+    options = dict(OPCHECKS[what])
+    requires_grad = options.pop("requires_grad", False)
+    case = inputs((4, 3, 2, 3), device=device, **options)
+    leaves = [
+        None if t is None else t.detach().requires_grad_(requires_grad)
+        for t in (case.x, case.weight, case.bias)
+    ]
+    statistics = (case.running_mean, case.running_var)
+    step = torch.tensor(4, device=device)
+    ramps = ([1.0, 3.0, 0.0, 8.0], [0.0, 5.0, 0.0, 8.0])
+    for counter, average_std in ((step, True), (None, False)):
+        torch.library.opcheck(OPS.forward, (*leaves, *statistics, counter, 0.1, 1e-5, *ramps, average_std))
+    for save in (True, False):
+        torch.library.opcheck(OPS.inference, (*leaves, *statistics, 1e-5, save))
+    saved = OPS.inference(*leaves, *statistics, 1e-5, True)[1].detach()
+    for training, needs in (
+        (True, [True, True, True]),
+        (False, [True, False, False]),
+        (False, [False, True, True]),
+    ):
+        torch.library.opcheck(OPS.backward, (case.dy, leaves[0], leaves[1], saved, training, needs))
+
+
+def with_fixed_correction(r: Tensor, d: Tensor, eps: float) -> Callable[..., Tensor]:
+    """batch_renorm whose running statistics follow x, so that r and d are what the gradient takes them for."""
+
+    def function(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        axes = [0, *range(2, x.ndim)]
+        with torch.no_grad():
+            sigma = (x.var(axes, correction=0) + eps).sqrt() / r
+            mean = x.mean(axes) - d * sigma
+        return batch_renorm(x, mean, sigma**2 - eps, weight, bias, training=True, eps=eps)
+
+    return function
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradcheck_training(layout: str, affine: bool, backend: str, device) -> None:
+    case = inputs((3, 3, 2, 3), torch.float64, layout, device=device, affine=affine)
+    leaves = [t.detach().requires_grad_() for t in (case.x, case.weight, case.bias) if t is not None]
+    free = batch_renorm_reference(*case.args)
+    for r, d in ((free.r, free.d), (free.r / 3, free.d / 5), (torch.ones(3), torch.zeros(3))):
+        function = with_fixed_correction(r.to(device) * (1 - 1e-9), d.to(device) * (1 - 1e-9), 1e-3)
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=backend == "triton", nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradcheck_inference(layout: str, affine: bool, backend: str, device) -> None:
+    case = inputs((3, 3, 2, 3), torch.float64, layout, device=device, affine=affine)
+    leaves = [t.detach().requires_grad_() for t in (case.x, case.weight, case.bias) if t is not None]
+
+    def function(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        return batch_renorm(x, case.running_mean, case.running_var, weight, bias)
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=backend == "triton", nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)])
+@pytest.mark.parametrize("training", [True, False])
+def test_only_the_gradients_asked_for(training: bool, needs: tuple[int, ...], backend: str, device) -> None:
+    case = inputs((4, 3, 5), device=device)
+
+    def gradients(wanted: tuple[int, ...]) -> list[Tensor | None]:
+        leaves = [
+            t.detach().clone().requires_grad_(bool(n))
+            for t, n in zip((case.x, case.weight, case.bias), wanted, strict=True)
+        ]
+        x, weight, bias = leaves
+        statistics = (case.running_mean.clone(), case.running_var.clone())
+        batch_renorm(x, *statistics, weight, bias, training=training).backward(case.dy)
+        return [t.grad for t in leaves]
+
+    for got, full, need in zip(gradients(needs), gradients((1, 1, 1)), needs, strict=True):
+        if need:
+            torch.testing.assert_close(got, full, rtol=0, atol=1e-6)
+        else:
+            assert got is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_double_backward_is_refused(training: bool, backend: str, device) -> None:
+    """Not silently zero."""
+    layer = BatchRenorm1d(3).to(device).train(training)
+    x = torch.randn(8, 3, device=device, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
