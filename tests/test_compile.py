@@ -157,7 +157,7 @@ def test_opcheck(what: str, backend: str, device) -> None:
 
 
 def with_fixed_correction(r: Tensor, d: Tensor, eps: float) -> Callable[..., Tensor]:
-    """batch_renorm whose running statistics follow x, so that r and d are what the gradient takes them for."""
+    """batch_renorm whose running statistics follow x, so that r and d are constant indeed."""
 
     def function(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         axes = [0, *range(2, x.ndim)]

@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import eager
 from .backend import uses_triton
@@ -37,40 +38,31 @@ _library.define(
 )
 
 
-def _backend(x: Tensor):  # type: ignore[no-untyped-def]
-    """The module that serves ``x``; the Triton one is imported when first needed."""
-    if x.numel() and uses_triton(x.device):
+def _backend(device: torch.device) -> ModuleType:
+    """The module that serves ``device``; the Triton one is imported when first needed."""
+    if uses_triton(device):
         from . import launch
 
         return launch
     return eager
 
 
-def _untracked(impl):  # type: ignore[no-untyped-def]
-    """Autograd looks at the Functions around the operators, never inside an operator."""
+def _operator(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator's implementation. Its first argument, x or dy, says the device and whether there is work.
 
-    @functools.wraps(impl)
-    def run(*args):  # type: ignore[no-untyped-def]
-        if not torch.is_grad_enabled():
-            return impl(*args)
-        with torch.no_grad():
-            return impl(*args)
+    Autograd looks at the Functions around the operators, never inside one. An empty batch changes
+    nothing and is served here: torch's own kernels divide by zero there.
+    """
+
+    def run(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return run(*args)
+        if args[0].numel() == 0:
+            return tuple(t.zero_() for t in fake(*args))
+        return getattr(_backend(args[0].device), name)(*args)
 
     return run
-
-
-def _forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_max, d_max, average_std):  # type: ignore[no-untyped-def]
-    return _backend(x).forward(
-        x, weight, bias, running_mean, running_var, step, momentum, eps, r_max, d_max, average_std
-    )
-
-
-def _inference(x, weight, bias, running_mean, running_var, eps, save):  # type: ignore[no-untyped-def]
-    return _backend(x).inference(x, weight, bias, running_mean, running_var, eps, save)
-
-
-def _backward(dy, x, weight, saved, training, needs):  # type: ignore[no-untyped-def]
-    return _backend(x).backward(dy, x, weight, saved, training, needs)
 
 
 def _forward_fake(x, weight, bias, running_mean, running_var, *_):  # type: ignore[no-untyped-def]
@@ -88,12 +80,12 @@ def _backward_fake(dy, x, weight, saved, training, needs):  # type: ignore[no-un
     return dx, vector, torch.empty_like(vector)
 
 
-for _name, _impl, _fake in (
-    ("forward", _forward, _forward_fake),
-    ("inference", _inference, _inference_fake),
-    ("backward", _backward, _backward_fake),
+for _name, _fake in (
+    ("forward", _forward_fake),
+    ("inference", _inference_fake),
+    ("backward", _backward_fake),
 ):
-    _library.impl(_name, _untracked(_impl), "CompositeExplicitAutograd")
+    _library.impl(_name, _operator(_name, _fake), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 
