@@ -1,10 +1,14 @@
 """Batch Renormalization in plain PyTorch: what CPU users run, and the first oracle of the kernels.
 
-torch's own native batch-norm kernels do the passes over x. Given mu_B and sigma_B, Algorithm 1 is
-batch norm with the weight gamma*r and the bias beta + gamma*d.
+torch's own native batch-norm kernels do the passes over x, so a large map costs what BatchNorm
+costs: given mu_B and sigma_B, Algorithm 1 is batch norm with the weight gamma*r and the bias
+beta + gamma*d. The rest works on C numbers, where an operation costs 1.5 us, and 4 us if it takes
+a Python number: small inputs are as fast as these are few. Hence the in-place forms and ``scalar``.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -14,36 +18,49 @@ aten = torch.ops.aten
 
 def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_max, d_max, average_std):  # type: ignore[no-untyped-def]
     """Algorithm 1 of Ioffe (2017); updates the running statistics. Returns y and saved (4, C)."""
-    channels = x.shape[1]
     if x.numel() == 0:
-        return torch.empty_like(x), running_mean.new_zeros((4, channels))
-    unbiased = torch.empty_like(running_var)
-    mean, var = torch.batch_norm_update_stats(x, torch.empty_like(running_mean), unbiased, 1.0)
-    std = (var + eps).sqrt_()
-    running_std = (running_var + eps).sqrt_()
-    r_max, d_max = limit_at(r_max, step, std), limit_at(d_max, step, std)
-    r = (std / running_std).clamp_(1 / r_max, r_max)
-    d = ((mean - running_mean) / running_std).clamp_(-d_max, d_max)
+        return torch.empty_like(x), running_mean.new_zeros((4, x.shape[1]))
+    dense = as_dense(x)
+    # torch takes the dtype of its results from running statistics, even if they are scratch.
+    scratch = (None, None) if x.dtype == running_mean.dtype else (torch.empty_like(running_mean),) * 2
+    mean, var = torch.batch_norm_update_stats(dense, *scratch, 1.0)
+    offset = scalar(eps, var)
+    std = (var + offset).sqrt_()
+    running_std = (running_var + offset).sqrt_()
+    batches = int(step) if step is not None and step.is_cpu else step  # on a device: no waiting for it
+    r_limit, d_limit = limit_at(r_max, batches), limit_at(d_max, batches)
+    r = (std / running_std).clamp_(1 / r_limit, r_limit)
+    d = (mean - running_mean).div_(running_std).clamp_(-d_limit, d_limit)
 
-    scale, shift = (r, d) if weight is None else (weight * r, weight * d)
-    shift = shift if bias is None else shift + bias
-    y = like(aten.native_batch_norm(x, scale, shift, mean, var, False, 0.0, eps)[0], x)
+    if weight is None:
+        scale, shift = r, d if bias is None else d + bias
+    else:
+        scale, shift = weight * r, weight * d if bias is None else torch.addcmul(bias, weight, d)
+    y = like(aten.native_batch_norm(dense, scale, shift, mean, var, False, 0.0, eps)[0], x)
 
-    alpha = momentum if momentum >= 0 else 1 / (step + 1).to(std.dtype)
-    finite = torch.isfinite(mean + var)
-    target = averaged_variance(running_var, var, running_std, std, alpha, eps) if average_std else unbiased
-    running_var.copy_(torch.where(finite, target if average_std else running_var.lerp(target, alpha), running_var))
-    running_mean.copy_(torch.where(finite, running_mean.lerp(mean, alpha), running_mean))
+    alpha = momentum if momentum >= 0 else 1 / (batches + 1)
+    if average_std:
+        new_var = averaged_variance(running_var, var, running_std, std, alpha, eps)
+    else:
+        count = x.numel() // x.shape[1]
+        new_var = running_var.lerp(var * (count / (count - 1)), alpha)
+    # A NaN or inf in x makes var NaN, and so new_var: that channel keeps its running statistics.
+    finite = new_var < math.inf
+    torch.where(finite, running_mean.lerp(mean, alpha), running_mean, out=running_mean)
+    torch.where(finite, new_var, running_var, out=running_var)
     if step is not None:
         step += 1
-    return y, torch.stack((mean, 1 / std, r, d))
+    return y, torch.stack((mean, std.reciprocal_(), r, d))
 
 
 def inference(x, weight, bias, running_mean, running_var, eps, save):  # type: ignore[no-untyped-def]
     """Normalise with the running statistics. Returns y and, if ``save``, saved (4, C)."""
-    stats = running_mean.dtype
-    scale, shift = (None if v is None else v.to(stats) for v in (weight, bias))
-    y = like(aten.native_batch_norm(x, scale, shift, running_mean, running_var, False, 0.0, eps)[0], x)
+    if x.numel() == 0:
+        y = torch.empty_like(x)
+    else:
+        scale, shift = (None if v is None else v.to(running_mean.dtype) for v in (weight, bias))
+        stats = (running_mean, running_var, False, 0.0, eps)
+        y = like(aten.native_batch_norm(as_dense(x), scale, shift, *stats)[0], x)
     if not save:
         return y, running_mean.new_empty(0)
     one = torch.ones_like(running_mean)
@@ -52,39 +69,62 @@ def inference(x, weight, bias, running_mean, running_var, eps, save):  # type: i
 
 def backward(dy, x, weight, saved, training, needs):  # type: ignore[no-untyped-def]
     """Gradients; r and d are constants. dgamma = r sum(dy xn) + d sum(dy), xn = (x - mean)/sigma_B."""
-    mean, rstd, r, d = saved
-    scale = r if weight is None else weight * r
+    dtype = saved.dtype if weight is None else weight.dtype
     wants_vectors = needs[1] or needs[2]
+    if x.numel() == 0 or not any(needs):
+        vector = saved.new_zeros(x.shape[1] if wants_vectors else 0, dtype=dtype)
+        return torch.zeros_like(x) if needs[0] else x.new_empty(0), vector, torch.zeros_like(vector)
+    mean, rstd, r, d = saved.unbind()
+    scale = r if weight is None else weight * r
+    stats = (None if training else mean, None if training else rstd**-2, mean, rstd)
     mask = [needs[0], wants_vectors, wants_vectors]
-    if training:
-        stats = (None, None, mean, rstd)
-    else:
-        stats = (mean, rstd**-2, None, None)
-    dx, dxn, dbias = aten.native_batch_norm_backward(dy, x, scale, *stats, training, 0.0, mask)
+    dense = as_dense(x)
+    # dy laid out as x: torch's path for mixed layouts is slow and sums half-precision dy in half.
+    dx, dgamma, dbeta = aten.native_batch_norm_backward(
+        like(dy, dense), dense, scale, *stats, training, 0.0, mask
+    )
     dx = like(dx, x) if needs[0] else x.new_empty(0)
-    vector = saved.dtype if weight is None else weight.dtype
     if not wants_vectors:
-        return dx, saved.new_empty(0, dtype=vector), saved.new_empty(0, dtype=vector)
-    return dx, (r * dxn + d * dbias).to(vector), dbias.to(vector)
+        return dx, saved.new_empty(0, dtype=dtype), saved.new_empty(0, dtype=dtype)
+    return dx, dgamma.mul_(r).addcmul_(d, dbeta).to(dtype), dbeta.to(dtype)
 
 
-def limit_at(limit: list[float], step: Tensor | None, like: Tensor) -> Tensor | float:
-    """The clipping limit (start, stop, begin, end) for the batch after ``step`` batches."""
+def limit_at(limit: list[float], batches: Tensor | int | None) -> Tensor | float:
+    """The clipping limit (start, stop, begin, end) for the batch that ``batches`` came before."""
     start, stop, begin, end = limit
-    if start == stop or step is None:
+    if start == stop or batches is None:
         return stop
-    return start + (stop - start) * ((step.to(like.dtype) - begin) / max(end - begin, 1)).clamp_(0, 1)
+    position = (batches - begin) / (end - begin)
+    position = position.clamp_(0, 1) if isinstance(position, Tensor) else min(max(position, 0.0), 1.0)
+    return start + (stop - start) * position
 
 
-def averaged_variance(v: Tensor, v_b: Tensor, std: Tensor, std_b: Tensor, alpha: Tensor | float, eps: float) -> Tensor:
-    """(sigma + alpha (sigma_B - sigma))^2 - eps, without the cancellation of eps: never negative."""
-    keep = 1 - alpha
-    cross = (v * v_b + eps * (v + v_b)) / (std * std_b + eps)  # sigma sigma_B - eps
-    return keep * keep * v + alpha * alpha * v_b + 2 * alpha * keep * cross
+def averaged_variance(v, v_b, std, std_b, alpha, eps):  # type: ignore[no-untyped-def]
+    """(sigma + alpha (sigma_B - sigma))^2 - eps, where nothing is subtracted: precise, never negative.
+
+    u = sigma - sqrt(eps) = v / (sigma + sqrt(eps)) is what is averaged, and v = u (u + 2 sqrt(eps)).
+    """
+    root = scalar(math.sqrt(eps), v)
+    u = (v / (std + root)).lerp_(v_b / (std_b + root), alpha)
+    return torch.add(u, root, alpha=2).mul_(u)
+
+
+def scalar(value: float, like: Tensor) -> Tensor:
+    """``value`` as a 0-dim tensor."""
+    return like.new_full((), value)
+
+
+def as_dense(x: Tensor) -> Tensor:
+    """``x`` in a memory format that torch's kernels are fast in; other layouts are copied."""
+    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    if x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return x
+    return x.contiguous()
 
 
 def like(t: Tensor, x: Tensor) -> Tensor:
-    """``t`` with the strides of ``empty_like(x)``; torch's kernels know two memory formats only."""
+    """``t`` with the strides of ``empty_like(x)``."""
     if t.stride() == x.stride():
         return t
     out = torch.empty_like(x)
