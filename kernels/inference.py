@@ -43,7 +43,7 @@ def inference_kernel(
     gamma, beta = load_affine(affine, channel, exists, STAT)
     rstd = 1.0 / tl.sqrt(var + exact(eps, STAT))
     zero = tl.zeros_like(mean)
-    if SAVE:
+    if SAVE:  # noqa: SIM102 (a constexpr and a run-time condition)
         if split == 0:
             store_saved(saved, mean, zero, rstd, zero + 1.0, zero, channel, exists, channels)
     begin, end = split_range(split, length(outer, inner, ROWS, WINDOW, VEC), BLOCK)

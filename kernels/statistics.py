@@ -139,13 +139,14 @@ def finalise(
     alpha = exact(momentum, STAT)
     alpha = tl.where(alpha < 0.0, 1.0 / (step + 1.0), alpha)  # negative: the cumulative average
     if AVERAGE_STD:
-        # (sigma + alpha (std - sigma))^2 - eps, without the cancellation of eps: never negative.
-        cross = (v * v_batch + eps * (v + v_batch)) / (sigma * std + eps)
-        keep = 1.0 - alpha
-        v_new = keep * keep * v + alpha * alpha * v_batch + 2.0 * alpha * keep * cross
+        # (sigma + alpha (std - sigma))^2 - eps without subtracting eps: averaged is u = sigma - root.
+        root = tl.sqrt(eps)
+        u = v / tl.maximum(sigma + root, 1e-30)
+        u += alpha * (v_batch / tl.maximum(std + root, 1e-30) - u)
+        v_new = u * (u + 2.0 * root)
     else:
         v_new = v + alpha * (m2 / (count - 1.0) - v)
-    update = exists & (tl.abs(mean + rest) < float("inf")) & (v_batch < float("inf"))
+    update = exists & (tl.abs(mean + rest) < float("inf")) & (v_new < float("inf"))
     tl.store(running_mean + channel, mu + alpha * ((mean - mu) + rest), mask=update)
     tl.store(running_var + channel, v_new, mask=update)
 

@@ -17,9 +17,9 @@ aten = torch.ops.aten
 
 
 def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_max, d_max, average_std):  # type: ignore[no-untyped-def]
-    """Algorithm 1 of Ioffe (2017); updates the running statistics. Returns y and saved (4, C)."""
+    """Algorithm 1 of Ioffe (2017); updates the running statistics. Returns y and saved (5, C)."""
     if x.numel() == 0:
-        return torch.empty_like(x), running_mean.new_zeros((4, x.shape[1]))
+        return torch.empty_like(x), running_mean.new_zeros((5, x.shape[1]))
     dense = as_dense(x)
     # torch takes the dtype of its results from running statistics, even if they are scratch.
     scratch = (None, None) if x.dtype == running_mean.dtype else (torch.empty_like(running_mean),) * 2
@@ -50,11 +50,11 @@ def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_m
     torch.where(finite, new_var, running_var, out=running_var)
     if step is not None:
         step += 1
-    return y, torch.stack((mean, std.reciprocal_(), r, d))
+    return y, torch.stack((mean, torch.zeros_like(mean), std.reciprocal_(), r, d))
 
 
 def inference(x, weight, bias, running_mean, running_var, eps, save):  # type: ignore[no-untyped-def]
-    """Normalise with the running statistics. Returns y and, if ``save``, saved (4, C)."""
+    """Normalise with the running statistics. Returns y and, if ``save``, saved (5, C)."""
     if x.numel() == 0:
         y = torch.empty_like(x)
     else:
@@ -63,8 +63,8 @@ def inference(x, weight, bias, running_mean, running_var, eps, save):  # type: i
         y = like(aten.native_batch_norm(as_dense(x), scale, shift, *stats)[0], x)
     if not save:
         return y, running_mean.new_empty(0)
-    one = torch.ones_like(running_mean)
-    return y, torch.stack((running_mean, (running_var + eps).rsqrt_(), one, torch.zeros_like(one)))
+    zero = torch.zeros_like(running_mean)
+    return y, torch.stack((running_mean, zero, (running_var + eps).rsqrt_(), zero + 1, zero))
 
 
 def backward(dy, x, weight, saved, training, needs):  # type: ignore[no-untyped-def]
@@ -74,7 +74,7 @@ def backward(dy, x, weight, saved, training, needs):  # type: ignore[no-untyped-
     if x.numel() == 0 or not any(needs):
         vector = saved.new_zeros(x.shape[1] if wants_vectors else 0, dtype=dtype)
         return torch.zeros_like(x) if needs[0] else x.new_empty(0), vector, torch.zeros_like(vector)
-    mean, rstd, r, d = saved.unbind()
+    mean, _, rstd, r, d = saved.unbind()
     scale = r if weight is None else weight * r
     stats = (None if training else mean, None if training else rstd**-2, mean, rstd)
     mask = [needs[0], wants_vectors, wants_vectors]
@@ -104,6 +104,8 @@ def averaged_variance(v, v_b, std, std_b, alpha, eps):  # type: ignore[no-untype
 
     u = sigma - sqrt(eps) = v / (sigma + sqrt(eps)) is what is averaged, and v = u (u + 2 sqrt(eps)).
     """
+    if eps == 0:
+        return std.lerp(std_b, alpha).square_()
     root = scalar(math.sqrt(eps), v)
     u = (v / (std + root)).lerp_(v_b / (std_b + root), alpha)
     return torch.add(u, root, alpha=2).mul_(u)

@@ -59,15 +59,15 @@ def backward(dy, x, weight, saved, training, needs):  # type: ignore[no-untyped-
     how = plan("backward", view, x.element_size(), device_of(x))
     like = saved if weight is None else weight
     dx = torch.empty_like(x) if needs[0] else None
-    grads = like.new_empty((2, view.channels)).unbind() if needs[1] or needs[2] else (None, None)
-    sums = training or grads[0] is not None
+    wanted = needs[1] or needs[2]
+    grads = (like.new_empty(view.channels), like.new_empty(view.channels)) if wanted else (None, None)
+    sums = training or wanted
     one_launch = how.strategy == "resident" or not training or dx is None
     partials = saved.new_empty((how.splits + 1, 2, view.channels)) if sums else None
     arguments = (x, dy, dx, (weight, None), saved, grads, (partials, tickets(x, how.groups)), *view)
     for phases in ((sums, dx is not None),) if one_launch else ((True, False), (False, True)):
         launch(backward_kernel, how, x, *arguments, TRAINING=training, SUMS=phases[0], APPLY=phases[1])
-    empty = like.new_empty(0)
-    return x.new_empty(0) if dx is None else dx, *(empty if grad is None else grad for grad in grads)
+    return x.new_empty(0) if dx is None else dx, *(like.new_empty(0) if g is None else g for g in grads)
 
 
 def launch(kernel: Any, how: Plan, x: Tensor, *arguments: Any, **phases: bool) -> None:

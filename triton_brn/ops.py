@@ -19,7 +19,8 @@ NAMESPACE = "triton_brn"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
 
-# saved is (4, C): mean, 1/sigma_B, r, d.  r_max and d_max are (start, stop, begin, end).
+# saved is (5, C): mean, what rounding took from it, 1/sigma_B, r, d.
+# r_max and d_max are (start, stop, begin, end).
 _library.define(
     "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var,"
     " Tensor(c!)? num_batches_tracked, float momentum, float eps, float[] r_max, float[] d_max,"
@@ -66,11 +67,11 @@ def _operator(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forward_fake(x, weight, bias, running_mean, running_var, *_):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), running_mean.new_empty((4, x.shape[1]))
+    return torch.empty_like(x), running_mean.new_empty((5, x.shape[1]))
 
 
 def _inference_fake(x, weight, bias, running_mean, running_var, eps, save):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), running_mean.new_empty((4, x.shape[1]) if save else (0,))
+    return torch.empty_like(x), running_mean.new_empty((5, x.shape[1]) if save else (0,))
 
 
 def _backward_fake(dy, x, weight, saved, training, needs):  # type: ignore[no-untyped-def]

@@ -56,10 +56,11 @@ class Plan:
         }
 
 
-#: Elements of a resident tile at most, by shape, (channel-major, rows). Compiled for sm_90 with 16
-#: warps: forward, 64 elements a thread take 128 registers channel-major and spill 184 bytes in rows;
-#: backward keeps x and dy: 32 elements a thread take 120 registers.
-RESIDENT = {"forward": (32_768, 16_384), "backward": (16_384, 16_384), "inference": (0, 0)}
+#: Elements of a resident tile at most. Compiled for sm_90 with 16 warps: forward, 64 elements a thread
+#: take 128 registers where maps are aligned; in rows and in windows they spill 184 and 288 bytes.
+#: Backward keeps x and dy: 32 elements a thread take 120 registers.
+RESIDENT = {"forward": 16_384, "backward": 16_384}
+RESIDENT_ALIGNED = {"forward": 32_768, "backward": 16_384}
 #: Elements of a tile in a loop: enough loads in flight per thread (16), and two programs to an SM.
 LOOPED = 4_096
 #: Elements a thread holds before the tile gets more warps.
@@ -113,7 +114,8 @@ def _plan(direction: str, view: View, itemsize: int, device: Device, forced: str
     width = max(vec, min(32 // itemsize, power_of_two(view.channels))) if rows else vec
 
     block = power_of_two(total)
-    limit = RESIDENT[direction][rows] // (2 if itemsize == 8 else 1)
+    limits = RESIDENT if rows or window else RESIDENT_ALIGNED
+    limit = limits.get(direction, 0) // (2 if itemsize == 8 else 1)
     if forced == "resident" and block * width > limit:
         raise ValueError(
             f"strategy: 'resident' keeps a channel in one program's registers, {limit:,} elements at most "
