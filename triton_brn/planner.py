@@ -183,6 +183,6 @@ def view_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> View | None:
         if axis == 1:
             inner = elements
         elements *= shape[axis]
-    if shape[1] == 1:
-        inner = elements // shape[0] if shape[0] > 1 and axes and axes[-1] == 0 else elements
+    if shape[1] == 1:  # all of it is one contiguous segment
+        inner = elements
     return View(elements // (shape[1] * inner), shape[1], inner)
