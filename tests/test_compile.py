@@ -131,6 +131,7 @@ OPCHECKS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")  # the Functions are above
 @pytest.mark.parametrize("what", OPCHECKS)
 def test_opcheck(what: str, backend: str, device) -> None:
     options = dict(OPCHECKS[what])

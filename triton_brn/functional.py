@@ -80,9 +80,12 @@ def batch_renorm(
         running_average == "std",
     )
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
-    if needs_grad(input, weight, bias):
-        return _Training.apply(*tensors, settings)
-    return OPS.forward(*tensors, *settings)[0]
+    with_grad = needs_grad(input, weight, bias)
+    y = _Training.apply(*tensors, settings) if with_grad else OPS.forward(*tensors, *settings)[0]
+    if not torch.compiler.is_compiling():  # the kernels' writes are unknown to autograd
+        mutated = (running_mean, running_var, num_batches_tracked)
+        torch.autograd.graph.increment_version([t for t in mutated if t is not None])
+    return y
 
 
 def limits(ramp: Ramp) -> list[float]:
@@ -104,9 +107,6 @@ class _Training(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, running_mean, running_var, step, settings):  # type: ignore[no-untyped-def]
         y, saved = OPS.forward(x, weight, bias, running_mean, running_var, step, *settings)
-        if not torch.compiler.is_compiling():
-            mutated = [running_mean, running_var] if step is None else [running_mean, running_var, step]
-            torch.autograd.graph.increment_version(mutated)
         ctx.save_for_backward(x, weight, saved)
         return y
 
