@@ -23,7 +23,7 @@ def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_m
     dense = as_dense(x)
     # torch takes the dtype of its results from running statistics, even if they are scratch.
     scratch = (None, None) if x.dtype == running_mean.dtype else (torch.empty_like(running_mean),) * 2
-    mean, var = torch.batch_norm_update_stats(dense, *scratch, 1.0)
+    mean, var = torch.batch_norm_update_stats(dense, *scratch, 1.0)  # type: ignore[call-arg]
     offset = scalar(eps, var)
     std = (var + offset).sqrt_()
     running_std = (running_var + offset).sqrt_()
