@@ -11,6 +11,7 @@ import pytest
 import torch
 from reference import assert_accurate, batch_renorm_reference, inputs
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from triton_brn import BatchRenorm1d, BatchRenorm2d, Ramp, batch_renorm
 from triton_brn.ops import OPS
@@ -72,7 +73,7 @@ def test_compiled_is_uncompiled(compiled: Callable, eager: None, device) -> None
 
 
 def test_one_graph_serves_every_step(eager: None, device) -> None:
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     module = torch.compile(network().to(device), fullgraph=True, backend=counter)
     for _ in range(5):
@@ -121,18 +122,20 @@ def test_autocast(dtype: torch.dtype, with_compile: bool, backend: str, device) 
 
 
 OPCHECKS = {
-    "plain": {},
     "grad": {"requires_grad": True},
     "no affine": {"affine": False},
-    "channels_last": {"layout": "channels_last", "requires_grad": True},
     "gaps": {"layout": "gaps"},
-    "half": {"dtype": torch.float16, "requires_grad": True},
+    "half": {"dtype": torch.float16, "layout": "channels_last", "requires_grad": True},
     "double": {"dtype": torch.float64},
 }
 
 
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")  # the Functions are above
-@pytest.mark.parametrize("what", OPCHECKS)
+@pytest.mark.parametrize(
+    ("backend", "what"),
+    [("eager", what) for what in OPCHECKS] + [("triton", what) for what in ("grad", "no affine", "half")],
+    indirect=["backend"],
+)
 def test_opcheck(what: str, backend: str, device) -> None:
     options = dict(OPCHECKS[what])
     requires_grad = options.pop("requires_grad", False)
