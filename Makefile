@@ -20,7 +20,7 @@ help:
 demo: .venv/.demo
 	$(BIN)/python -m triton_brn demo $(DEMO_ARGS)
 
-test: .venv/.test
+test: .venv/.test,demo
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: .venv/.dev
@@ -46,7 +46,7 @@ clean:
 	$(PYTHON) -m venv .venv || { echo "This Python cannot make virtual environments: Debian and Ubuntu need python3-venv." >&2; exit 1; }
 	touch $@
 
-# .venv/.EXTRA: the project, editable, with that extra.
+# .venv/.EXTRAS: the project, editable, with these extras.
 .venv/.%: pyproject.toml constraints.txt | .venv/.made
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
 	touch $@
