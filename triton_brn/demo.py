@@ -1,0 +1,141 @@
+"""The demo: BatchNorm against Batch Renormalization on 5,000 MNIST digits, in three settings of the paper."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._demo_train import METHODS, SETTINGS, Run, Setting, train
+from .backend import uses_triton
+
+EXTRAS = ("matplotlib", "mlxtend", "tqdm")
+STEPS, QUICK_STEPS = 1_000, 250
+MOST_PROCESSES = 8  # each takes about 400 MB
+
+
+def missing_extras() -> list[str]:
+    """The demo's packages that are not installed."""
+    return [name for name in EXTRAS if importlib.util.find_spec(name) is None]
+
+
+_steps_done: Any = None  # in a worker process: the counter that all of them share
+
+
+def _start_worker(counter: Any) -> None:
+    global _steps_done
+    _steps_done = counter
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+
+
+def _count_step() -> None:
+    with _steps_done.get_lock():
+        _steps_done.value += 1
+
+
+def _work(run: Run) -> tuple[Run, list[float]]:
+    return run, train(run, _count_step)
+
+
+@contextmanager
+def _finished(runs: Sequence[Run], processes: int, bar: Any) -> Iterator[Iterator[tuple[Run, list[float]]]]:
+    """The runs with their curves as they finish, while ``bar`` counts steps.
+
+    On the CPU each run has one thread of a process to itself: its tensors are too small to share
+    between cores, and its result then does not depend on their number.
+    """
+    if runs[0].device != "cpu":
+        yield ((run, train(run, bar.update)) for run in runs)
+        return
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+
+    def wait(results: Any) -> Iterator[tuple[Run, list[float]]]:
+        while True:
+            try:
+                yield results.next(timeout=0.2)
+            except multiprocessing.TimeoutError:
+                bar.update(counter.value - bar.n)
+            except StopIteration:
+                bar.update(counter.value - bar.n)
+                return
+
+    with context.Pool(processes, _start_worker, (counter,)) as pool:
+        yield wait(pool.imap_unordered(_work, runs))
+
+
+def train_all(runs: Sequence[Run], processes: int) -> dict[Run, list[float]]:
+    """Train all runs behind one progress bar, naming each as it ends."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    curves = {}
+    with (
+        tqdm(total=sum(run.steps for run in runs), unit="step", smoothing=0.1) as bar,
+        _finished(runs, processes, bar) as finished,
+    ):
+        for run, curve in finished:
+            curves[run] = curve
+            name = f"{run.setting.title:22}{METHODS[run.method]:14}seed {run.seed}"
+            bar.write(f"{name}  {curve[-1]:5.1f} %")
+    return curves
+
+
+def by_method(curves: dict[Run, list[float]], setting: Setting, method: str) -> Tensor:
+    """Accuracies (seeds, evaluations)."""
+    chosen = sorted((r for r in curves if (r.setting, r.method) == (setting, method)), key=lambda r: r.seed)
+    return torch.tensor([curves[run] for run in chosen], dtype=torch.float64)
+
+
+def table(curves: dict[Run, list[float]]) -> str:
+    """The final accuracies beside the paper's."""
+    steps, seeds = next(iter(curves)).steps, len({run.seed for run in curves})
+    lines = [
+        f"Accuracy in % on 1,000 held-out digits after {steps:,} steps:"
+        f" mean (lowest to highest) of {seeds} seed{'s' * (seeds > 1)}",
+        "",
+        f"{'normalised together':24}{'BatchNorm':22}{'Batch Renorm':22}{'gain':>6}",
+    ]
+    for setting in SETTINGS:
+        final = {method: by_method(curves, setting, method)[:, -1] for method in METHODS}
+        cells = (f"{a.mean():.1f} ({a.min():.1f} to {a.max():.1f})" for a in final.values())
+        gain = final["BRN"].mean() - final["BN"].mean()
+        lines.append(f"{setting.title:24}{next(cells):22}{next(cells):22}{gain:+6.1f}")
+    lines += ["", "The paper, Inception-v3 on ImageNet (Ioffe 2017, section 4)", ""]
+    for setting in SETTINGS:
+        bn, brn = setting.paper
+        lines.append(f"{setting.paper_setting:32}{bn:<14}{brn:<22}{brn - bn:+14.1f}")
+    return "\n".join(lines)
+
+
+def run_demo(*, quick: bool = False, device: str = "cpu", out: str | Path = ".", seeds: int = 3) -> None:
+    """Train, draw the figure to ``out`` (a folder or a file) and print the table."""
+    if missing := missing_extras():
+        raise SystemExit(f"The demo needs {', '.join(missing)}: pip install 'triton_brn[demo]'")
+    from ._demo_plot import draw
+
+    figure = Path(out)
+    if not figure.suffix:
+        figure = figure / "triton_brn_demo.png"
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    steps = QUICK_STEPS if quick else STEPS
+    # The longest runs first, so that the processes end together.
+    order = [(setting, method) for method in reversed(METHODS) for setting in reversed(SETTINGS)]
+    runs = [Run(setting, method, seed, steps, device) for setting, method in order for seed in range(seeds)]
+    processes = min(torch.get_num_threads(), MOST_PROCESSES, len(runs))
+    where = f"{processes} processes" if device == "cpu" else "one after the other"
+    code = "the Triton kernels" if uses_triton(torch.device(device)) else "plain PyTorch"
+    print(f"{len(runs)} runs of {steps} steps on {device}, {where}; Batch Renorm by {code}")
+    start = time.perf_counter()
+    curves = train_all(runs, processes)
+    print(f"\n{table(curves)}\n")
+    draw(curves, figure)
+    print(f"Figure: {figure}   ({time.perf_counter() - start:.0f} s)")
