@@ -75,7 +75,7 @@ def _finished(runs: Sequence[Run], processes: int, bar: Any) -> Iterator[Iterato
 
 def train_all(runs: Sequence[Run], processes: int) -> dict[Run, list[float]]:
     """Train all runs behind one progress bar, naming each as it ends."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     curves = {}
     with (
@@ -102,18 +102,24 @@ def table(curves: dict[Run, list[float]]) -> str:
         f"Accuracy in % on 1,000 held-out digits after {steps:,} steps:"
         f" mean (lowest to highest) of {seeds} seed{'s' * (seeds > 1)}",
         "",
-        f"{'normalised together':24}{'BatchNorm':22}{'Batch Renorm':22}{'gain':>6}",
+        _row("normalised together", *METHODS.values(), "gain"),
     ]
     for setting in SETTINGS:
         final = {method: by_method(curves, setting, method)[:, -1] for method in METHODS}
         cells = (f"{a.mean():.1f} ({a.min():.1f} to {a.max():.1f})" for a in final.values())
         gain = final["BRN"].mean() - final["BN"].mean()
-        lines.append(f"{setting.title:24}{next(cells):22}{next(cells):22}{gain:+6.1f}")
-    lines += ["", "The paper, Inception-v3 on ImageNet (Ioffe 2017, section 4)", ""]
+        lines.append(_row(setting.title, *cells, f"{gain:+.1f}"))
+    lines += ["", "The paper: Inception-v3 on ImageNet (Ioffe 2017, section 4)", ""]
     for setting in SETTINGS:
         bn, brn = setting.paper
-        lines.append(f"{setting.paper_setting:32}{bn:<14}{brn:<22}{brn - bn:+14.1f}")
+        lines.append(_row(setting.paper_setting, f"{bn:.1f}", f"{brn:.1f}", f"{brn - bn:+.1f}"))
+    lines.append("(4 random images: BatchNorm after 210,000 steps, Batch Renorm after 130,000)")
     return "\n".join(lines)
+
+
+def _row(setting: str, *cells: str) -> str:
+    *accuracies, gain = cells
+    return f"{setting:34}{''.join(f'{cell:22}' for cell in accuracies)}{gain:>6}"
 
 
 def run_demo(*, quick: bool = False, device: str = "cpu", out: str | Path = ".", seeds: int = 3) -> None:
