@@ -36,7 +36,7 @@ def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_m
         scale, shift = r, d if bias is None else d + bias
     else:
         scale, shift = weight * r, weight * d if bias is None else torch.addcmul(bias, weight, d)
-    y = like(aten.native_batch_norm(dense, scale, shift, mean, var, False, 0.0, eps)[0], x)
+    y = like(torch.native_batch_norm(dense, scale, shift, mean, var, False, 0.0, eps)[0], x)
 
     alpha = momentum if momentum >= 0 else 1 / (batches + 1)
     if average_std:
@@ -60,7 +60,7 @@ def inference(x, weight, bias, running_mean, running_var, eps, save):  # type: i
     else:
         scale, shift = (None if v is None else v.to(running_mean.dtype) for v in (weight, bias))
         stats = (running_mean, running_var, False, 0.0, eps)
-        y = like(aten.native_batch_norm(as_dense(x), scale, shift, *stats)[0], x)
+        y = like(torch.native_batch_norm(as_dense(x), scale, shift, *stats)[0], x)
     if not save:
         return y, running_mean.new_empty(0)
     zero = torch.zeros_like(running_mean)
@@ -100,15 +100,8 @@ def limit_at(limit: list[float], batches: Tensor | int | None) -> Tensor | float
 
 
 def averaged_variance(v, v_b, std, std_b, alpha, eps):  # type: ignore[no-untyped-def]
-    """(sigma + alpha (sigma_B - sigma))^2 - eps, where nothing is subtracted: precise, never negative.
-
-    u = sigma - sqrt(eps) = v / (sigma + sqrt(eps)) is what is averaged, and v = u (u + 2 sqrt(eps)).
-    """
-    if eps == 0:
-        return std.lerp(std_b, alpha).square_()
-    root = scalar(math.sqrt(eps), v)
-    u = (v / (std + root)).lerp_(v_b / (std_b + root), alpha)
-    return torch.add(u, root, alpha=2).mul_(u)
+    """(sigma + alpha (sigma_B - sigma))^2 - eps."""
+    return std.lerp(std_b, alpha).square_().sub_(scalar(eps, v)).clamp_min_(0)
 
 
 def scalar(value: float, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import OPS
+from . import ops
 from .ramp import Limit, Ramp, as_ramp
 from .validate import check_batch, check_numbers, check_tensors
 
@@ -70,7 +70,7 @@ def batch_renorm(
     if not training:
         if needs_grad(input, weight, bias):
             return _Inference.apply(input, weight, bias, running_mean, running_var, eps)
-        return OPS.inference(input, weight, bias, running_mean, running_var, eps, False)[0]
+        return ops.inference(input, weight, bias, running_mean, running_var, eps, False)[0]
     check_batch(input, num_batches_tracked, momentum, r_ramp, d_ramp)
     settings = (
         -1.0 if momentum is None else momentum,
@@ -81,7 +81,7 @@ def batch_renorm(
     )
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
     with_grad = needs_grad(input, weight, bias)
-    y = _Training.apply(*tensors, settings) if with_grad else OPS.forward(*tensors, *settings)[0]
+    y = _Training.apply(*tensors, settings) if with_grad else ops.forward(*tensors, *settings)[0]
     if not torch.compiler.is_compiling():  # the kernels' writes are unknown to autograd
         mutated = (running_mean, running_var, num_batches_tracked)
         torch.autograd.graph.increment_version([t for t in mutated if t is not None])
@@ -106,7 +106,7 @@ class _Training(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, running_mean, running_var, step, settings):  # type: ignore[no-untyped-def]
-        y, saved = OPS.forward(x, weight, bias, running_mean, running_var, step, *settings)
+        y, saved = ops.forward(x, weight, bias, running_mean, running_var, step, *settings)
         ctx.save_for_backward(x, weight, saved)
         return y
 
@@ -114,7 +114,7 @@ class _Training(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]
         x, weight, saved = ctx.saved_tensors
-        dx, dweight, dbias = OPS.backward(dy, x, weight, saved, True, list(ctx.needs_input_grad[:3]))
+        dx, dweight, dbias = ops.backward(dy, x, weight, saved, True, list(ctx.needs_input_grad[:3]))
         return (*_wanted(ctx, dx, dweight, dbias), None, None, None, None)
 
 
@@ -123,7 +123,7 @@ class _Inference(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, running_mean, running_var, eps):  # type: ignore[no-untyped-def]
-        y, saved = OPS.inference(x, weight, bias, running_mean, running_var, eps, True)
+        y, saved = ops.inference(x, weight, bias, running_mean, running_var, eps, True)
         ctx.save_for_backward(x, weight, saved)
         return y
 
@@ -131,7 +131,7 @@ class _Inference(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]
         x, weight, saved = ctx.saved_tensors
-        dx, dweight, dbias = OPS.backward(dy, x, weight, saved, False, list(ctx.needs_input_grad[:3]))
+        dx, dweight, dbias = ops.backward(dy, x, weight, saved, False, list(ctx.needs_input_grad[:3]))
         return (*_wanted(ctx, dx, dweight, dbias), None, None, None)
 
 

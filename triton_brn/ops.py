@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch._C import _AutoDispatchBelowAutograd, _len_torch_dispatch_stack
 
 from . import eager
 from .backend import uses_triton
@@ -56,12 +57,10 @@ def _operator(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def run(*args: Any) -> Any:
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                return run(*args)
-        if args[0].numel() == 0:
-            return tuple(t.zero_() for t in fake(*args))
-        return getattr(_backend(args[0].device), name)(*args)
+        with _AutoDispatchBelowAutograd():  # saves 2 us per torch operation where inputs require grad
+            if args[0].numel() == 0:
+                return tuple(t.zero_() for t in fake(*args))
+            return getattr(_backend(args[0].device), name)(*args)
 
     return run
 
@@ -81,18 +80,43 @@ def _backward_fake(dy, x, weight, saved, training, needs):  # type: ignore[no-un
     return dx, vector, torch.empty_like(vector)
 
 
+_implementations: dict[str, Callable[..., Any]] = {}
 for _name, _fake in (
     ("forward", _forward_fake),
     ("inference", _inference_fake),
     ("backward", _backward_fake),
 ):
-    _library.impl(_name, _operator(_name, _fake), "CompositeExplicitAutograd")
+    _implementations[_name] = _operator(_name, _fake)
+    _library.impl(_name, _implementations[_name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 
 class OPS:
-    """The operators' only overloads, resolved once (an attribute look-up less per call)."""
+    """The operators' only overloads."""
 
     forward = torch.ops.triton_brn.forward.default
     inference = torch.ops.triton_brn.inference.default
     backward = torch.ops.triton_brn.backward.default
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _caller(name: str) -> Callable[..., Any]:
+    """The operator as the layers call it: for plain tensors that nobody traces, its implementation.
+
+    A trip through torch's dispatcher costs 35 us forward and 25 us backward on the host.
+    """
+    implementation, operator = _implementations[name], getattr(OPS, name)
+
+    def call(*args: Any) -> Any:
+        x = args[0]
+        traced = (
+            torch.compiler.is_compiling() or type(x) not in _PLAIN or x.is_meta or _len_torch_dispatch_stack()
+        )
+        return (operator if traced else implementation)(*args)
+
+    return call
+
+
+forward, inference, backward = (_caller(name) for name in ("forward", "inference", "backward"))
