@@ -57,14 +57,16 @@ class Plan:
 
 
 #: Elements of a resident tile at most. Compiled for sm_90 with 16 warps: forward, 64 elements a thread
-#: take 128 registers where maps are aligned; in rows and in windows they spill 184 and 288 bytes.
-#: Backward keeps x and dy: 32 elements a thread take 120 registers.
-RESIDENT = {"forward": 16_384, "backward": 16_384}
-RESIDENT_ALIGNED = {"forward": 32_768, "backward": 16_384}
-#: Elements of a tile in a loop: enough loads in flight per thread (16), and two programs to an SM.
-LOOPED = 4_096
-#: Elements a thread holds before the tile gets more warps.
-PER_THREAD = {"forward": 32, "backward": 16, "inference": 16}
+#: take 110 registers where half-precision maps are aligned; rows, windows and float32 spill. Backward
+#: keeps x and dy: 32 elements a thread take 120 registers. float64 takes two registers an element.
+RESIDENT = 16_384
+RESIDENT_FORWARD_HALF_ALIGNED = 32_768
+#: Elements a thread of a resident tile holds before the tile gets more warps.
+PER_THREAD = {"forward": 32, "backward": 16}
+#: Elements of a tile in a loop, and bytes of a thread's part: two 16-byte loads in flight, and two
+#: programs to an SM. With twice that, a window's masks spill scalar registers on AMD, and the
+#: backward's sums spill on sm_80.
+LOOPED, LOOPED_BYTES = 4_096, 32
 #: Programs per multiprocessor that a split launch aims at.
 PROGRAMS_PER_SM = 4
 
@@ -114,15 +116,16 @@ def _plan(direction: str, view: View, itemsize: int, device: Device, forced: str
     width = max(vec, min(32 // itemsize, power_of_two(view.channels))) if rows else vec
 
     block = power_of_two(total)
-    limits = RESIDENT if rows or window else RESIDENT_ALIGNED
-    limit = limits.get(direction, 0) // (2 if itemsize == 8 else 1)
+    limit = RESIDENT // (2 if itemsize == 8 else 1)
+    if direction == "forward" and itemsize == 2 and not rows and not window:
+        limit = RESIDENT_FORWARD_HALF_ALIGNED
     if forced == "resident" and block * width > limit:
         raise ValueError(
             f"strategy: 'resident' keeps a channel in one program's registers, {limit:,} elements at most "
             f"{direction}; {view} takes {block * width:,}"
         )
-    if forced != "two_launch" and block * width <= limit:
-        warps = warps_for(direction, block * width)
+    if forced != "two_launch" and direction != "inference" and block * width <= limit:
+        warps = warps_for(block * width, PER_THREAD[direction])
         return Plan("resident", rows, window, vec, block, width, wide, groups(view, rows, width), 1, warps)
 
     if rows:  # wider rows: whole 128-byte lines
@@ -132,7 +135,7 @@ def _plan(direction: str, view: View, itemsize: int, device: Device, forced: str
     tiles = -(-total // block)
     splits = min(tiles, max(1, -(-PROGRAMS_PER_SM * device.sms // n)), 65_535)
     splits = -(-tiles // -(-tiles // splits))  # no split is empty
-    warps = warps_for(direction, block * width)
+    warps = warps_for(block * width, LOOPED_BYTES // itemsize)
     return Plan("two_launch", rows, window, vec, block, width, wide, n, splits, warps)
 
 
@@ -158,9 +161,9 @@ def groups(view: View, rows: bool, width: int) -> int:
     return -(-view.channels // width) if rows else view.channels
 
 
-def warps_for(direction: str, elements: int) -> int:
+def warps_for(elements: int, per_thread: int) -> int:
     """Warps for a tile of that many elements."""
-    return min(16, max(1, elements // (32 * PER_THREAD[direction])))
+    return min(16, max(1, elements // (32 * per_thread)))
 
 
 def power_of_two(n: int) -> int:
