@@ -18,8 +18,6 @@ aten = torch.ops.aten
 
 def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_max, d_max, average_std):  # type: ignore[no-untyped-def]
     """Algorithm 1 of Ioffe (2017); updates the running statistics. Returns y and saved (5, C)."""
-    if x.numel() == 0:
-        return torch.empty_like(x), running_mean.new_zeros((5, x.shape[1]))
     dense = as_dense(x)
     # torch takes the dtype of its results from running statistics, even if they are scratch.
     scratch = (None, None) if x.dtype == running_mean.dtype else (torch.empty_like(running_mean),) * 2
@@ -55,12 +53,9 @@ def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_m
 
 def inference(x, weight, bias, running_mean, running_var, eps, save):  # type: ignore[no-untyped-def]
     """Normalise with the running statistics. Returns y and, if ``save``, saved (5, C)."""
-    if x.numel() == 0:
-        y = torch.empty_like(x)
-    else:
-        scale, shift = (None if v is None else v.to(running_mean.dtype) for v in (weight, bias))
-        stats = (running_mean, running_var, False, 0.0, eps)
-        y = like(torch.native_batch_norm(as_dense(x), scale, shift, *stats)[0], x)
+    scale, shift = (None if v is None else v.to(running_mean.dtype) for v in (weight, bias))
+    stats = (running_mean, running_var, False, 0.0, eps)
+    y = like(torch.native_batch_norm(as_dense(x), scale, shift, *stats)[0], x)
     if not save:
         return y, running_mean.new_empty(0)
     zero = torch.zeros_like(running_mean)

@@ -66,7 +66,8 @@ def batch_renorm(
     check_numbers(momentum, eps, running_average)
     r_ramp, d_ramp = as_ramp("r_max", r_max, 1.0), as_ramp("d_max", d_max, 0.0)
     check_tensors(input, running_mean, running_var, weight, bias, num_batches_tracked)
-    weight, bias = (None if v is None else v.contiguous() for v in (weight, bias))
+    weight = weight if weight is None else weight.contiguous()
+    bias = bias if bias is None else bias.contiguous()
     if not training:
         if needs_grad(input, weight, bias):
             return _Inference.apply(input, weight, bias, running_mean, running_var, eps)
@@ -80,12 +81,9 @@ def batch_renorm(
         running_average == "std",
     )
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
-    with_grad = needs_grad(input, weight, bias)
-    y = _Training.apply(*tensors, settings) if with_grad else ops.forward(*tensors, *settings)[0]
-    if not torch.compiler.is_compiling():  # the kernels' writes are unknown to autograd
-        mutated = (running_mean, running_var, num_batches_tracked)
-        torch.autograd.graph.increment_version([t for t in mutated if t is not None])
-    return y
+    if needs_grad(input, weight, bias):
+        return _Training.apply(*tensors, settings)
+    return ops.forward(*tensors, *settings)[0]
 
 
 def limits(ramp: Ramp) -> list[float]:

@@ -29,15 +29,13 @@ def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_m
     saved = running_mean.new_empty((5, view.channels))
     one_launch = how.strategy == "resident"
     partials = None if one_launch else running_mean.new_empty((how.splits, 4, view.channels))
-    arguments = (
-        (x, y, (weight, bias), (running_mean, running_var, step), saved)
-        + ((partials, tickets(x, how.groups)), *view)
-        + (numbers((momentum, eps, tuple(r_max), tuple(d_max))),)
-    )
+    running, workspace = (running_mean, running_var, step), (partials, tickets(x, how.groups))
+    settings = numbers((momentum, eps, tuple(r_max), tuple(d_max)))
+    arguments = (x, y, (weight, bias), running, saved, workspace, *view, settings)
     for statistics, apply in ((True, True),) if one_launch else ((True, False), (False, True)):
-        launch(
-            forward_kernel, how, x, *arguments, STATISTICS=statistics, APPLY=apply, AVERAGE_STD=average_std
-        )
+        phases = {"STATISTICS": statistics, "APPLY": apply, "AVERAGE_STD": average_std}
+        launch(forward_kernel, how, x, *arguments, **phases)
+    torch.autograd.graph.increment_version([t for t in running if t is not None])  # autograd saw nothing
     return y, saved
 
 
