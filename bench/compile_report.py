@@ -1,20 +1,28 @@
 """Compile the kernels for GPUs that need not be there, and report what the compilers made of them.
 
-    python bench/compile_report.py [--targets sm_90,gfx942] [--dtypes bf16,fp32]
+    python bench/compile_report.py [--targets sm_90,gfx942] [--dtypes bf16,fp32] [--out report.csv]
 
-One row a launch of the plans for a list of shapes: registers, spills (local memory instructions in SASS,
-spill counts in AMD assembly), shared memory, and the widest global access. Exits with 1 on a spill or where
-an aligned tensor is not read 16 bytes at a time.
+One row a launch, for every strategy that the planner has for each of a list of shapes: registers, spills
+(local memory instructions in SASS, spill counts in AMD assembly), shared memory, programs that share a
+multiprocessor, the widest global load, instructions per element, seconds. Exits with 1 on a spill, where an
+aligned tensor is not read 16 bytes at a time, or where fewer programs that wait would run at the same time
+than the plan counts on.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import dataclasses
+import itertools
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,24 +34,46 @@ from triton_brn.kernels.backward import backward_kernel
 from triton_brn.kernels.forward import forward_kernel
 from triton_brn.kernels.inference import inference_kernel
 
-from triton_brn.planner import Device, Plan, View, plan
+from triton_brn import planner
+from triton_brn.planner import Device, Plan, View
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950")
+#: Every shape of tile, every strategy, every size of tile that the planner's limits allow.
 VIEWS = (
-    View(32, 64, 3136),
+    View(32, 64, 3136),  # aligned
     View(4, 64, 3136),
     View(32, 512, 784),
-    View(32, 1024, 196),
+    View(2, 32, 262_144),
+    View(8, 32, 2_097_152),
+    View(32, 1024, 196),  # folded, in float32 a window without edges
+    View(256, 1024, 196),
     View(32, 2048, 49),
-    View(4, 192, 1225),
-    View(4, 32, 22201),
-    View(512, 2048, 1),
+    View(512, 2048, 49),
+    View(4, 192, 1225),  # window
+    View(4, 32, 22_201),
+    View(64, 32, 22_201),
+    View(8, 192, 289),
+    View(512, 2048, 1),  # rows
+    View(32, 64, 1),
     View(100_352, 64, 1),
+    View(2_000_000, 64, 1),
     View(640, 17, 1),
 )
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 NUMBER = ("fp32", "fp32")
 RAMP = (NUMBER,) * 4
+SIZES = {"outer": "i32", "channels": "i32", "inner": "i32"}
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch to compile."""
+
+    kernel: Any
+    plan: Plan
+    flags: dict[str, bool]
+    signature: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,68 +81,128 @@ class Row:
     """What one compiled launch is like."""
 
     target: str
+    dtype: str
+    view: str
     kernel: str
     phases: str
-    dtype: str
-    view: View
-    how: Plan
+    strategy: str
+    tile: str
+    warps: int
     registers: int
     spills: int
-    shared: int
-    widest: int  # bytes of the widest global load
+    shared: int  # bytes
+    programs: int  # that share a multiprocessor, by their registers
+    load: int  # bytes of the widest global load
+    instructions: float  # in the code, per element of a thread's part of the tile
+    seconds: float
+    wrong: str
 
 
-def launches(view: View, dtype: str) -> Iterator[tuple[Any, Plan, dict[str, bool], dict[str, Any]]]:
-    """Every kernel launch of training and inference: kernel, plan, phases, signature."""
+def device(target: str) -> Device:
+    """A device of this kind, of the size of a large one."""
+    nvidia = target.startswith("sm_")
+    capability = int(target[3:]) if nvidia else 0
+    return Device(target, 132, capability, TRITON, warp=32 if nvidia else 64, l2=50 << 20)
+
+
+def launches(view: View, dtype: str, gpu: Device) -> Iterator[Launch]:
+    """Every launch of every plan for training and inference."""
     x, stat = f"*{dtype}", "*fp64" if dtype == "fp64" else "*fp32"
-    sizes = {"outer": "i32", "channels": "i32", "inner": "i32"}
-    device = Device("static", sms=132)
-    how = plan("forward", view, ITEMSIZE[dtype], device)
-    signature = {
-        **{"x": x, "y": x, "affine": (stat, stat), "running": (stat, stat, "*i64"), "saved": stat},
-        **{"workspace": (stat, "*i32"), **sizes, "settings": (NUMBER, NUMBER, RAMP, RAMP)},
+    signatures: dict[str, dict[str, Any]] = {
+        "forward": {
+            **{"x": x, "y": x, "affine": (stat, stat), "running": (stat, stat, "*i64"), "saved": stat},
+            **{"settings": (NUMBER, NUMBER, RAMP, RAMP)},
+        },
+        "backward": {"x": x, "dy": x, "dx": x, "weight": stat, "saved": stat, "grads": (stat, stat)},
     }
-    both = [(True, True)] if how.strategy == "resident" else [(True, False), (False, True)]
-    for statistics, apply in both:
-        phases = {"STATISTICS": statistics, "APPLY": apply, "AVERAGE_STD": True}
-        yield forward_kernel, how, phases, signature
-
-    how = plan("backward", view, ITEMSIZE[dtype], device)
-    signature = {
-        **{"x": x, "dy": x, "dx": x, "affine": (stat, "constexpr"), "saved": stat, "grads": (stat, stat)},
-        **{"workspace": (stat, "*i32"), **sizes},
-    }
-    both = [(True, True)] if how.strategy == "resident" else [(True, False), (False, True)]
-    for sums, apply in both:
-        yield backward_kernel, how, {"TRAINING": True, "SUMS": sums, "APPLY": apply}, signature
-
-    how = plan("inference", view, ITEMSIZE[dtype], device)
-    signature = {
-        "x": x,
-        "y": x,
-        "affine": (stat, stat),
-        "running": (stat, stat),
-        "saved": stat,
-        **sizes,
-        "eps": NUMBER,
-    }
-    yield inference_kernel, how, {"SAVE": True}, signature
+    names = {"forward": "STATISTICS", "backward": "SUMS"}
+    kernels = {"forward": forward_kernel, "backward": backward_kernel}
+    for direction, kernel in kernels.items():
+        for how in plans(direction, view, ITEMSIZE[dtype], gpu):
+            exchange = stat if how.split else "constexpr"
+            workspace = (exchange, exchange, "*i32")
+            signature = {**signatures[direction], "workspace": workspace, **SIZES}
+            kind = {"AVERAGE_STD": True} if direction == "forward" else {"TRAINING": True}
+            split = how.strategy == "two_launch"
+            for sums, apply in ((True, False), (False, True)) if split else ((True, True),):
+                flags = {names[direction]: sums, "APPLY": apply, "KEEP": how.kept, "SPLIT": how.split}
+                yield Launch(kernel, how, {**kind, **flags}, signature)
+    how = planner.plan("inference", view, ITEMSIZE[dtype], gpu)
+    pair = (stat, stat)
+    signature = {"x": x, "y": x, "affine": pair, "running": pair, "saved": stat, **SIZES, "eps": NUMBER}
+    yield Launch(inference_kernel, how, {"SAVE": True}, signature)
 
 
-def compile_launch(
-    target: str,
-    kernel: Any,
-    how: Plan,
-    phases: dict[str, bool],
-    signature: dict[str, Any],
-    dtype: str,
-    view: View,
-) -> Row:
-    """Compile as for tensors whose pointers are multiples of 16, as torch allocates them."""
-    constants = {**phases, **how.tile}
-    names = kernel.arg_names
-    signature = {name: signature.get(name, "constexpr") for name in names}
-    constexprs: dict[Any, Any] = {(names.index(name),): value for name, value in constants.items()}
+def plans(direction: str, view: View, itemsize: int, gpu: Device) -> Iterator[Plan]:
+    """Every strategy's plan, where it has one."""
+    for strategy in planner.STRATEGIES:
+        with planner.forced_strategy(strategy):
+            try:
+                yield planner.plan(direction, view, itemsize, gpu)
+            except ValueError:
+                continue
+
+
+def row_of(target: str, dtype: str, view: View, launch: Launch) -> Row:
+    """Compile a launch, and say what is wrong with it."""
+    how, nvidia = launch.plan, target.startswith("sm_")
+    facts = compiled(target, launch)
+    programs = device(target).co_resident(how.num_warps, facts.registers) // device(target).sms
+    per_thread = how.tile.elements / (how.num_ctas * how.num_warps * (32 if nvidia else 64))
+    tensors = 2 if launch.flags.get("TRAINING") else 1
+    wide = sum(n >= how.tile.vec * ITEMSIZE[dtype] for n in facts.loads)
+    wrong = []
+    if facts.spills:
+        wrong.append("spills")
+    if wide < tensors * per_thread / how.tile.vec:
+        wrong.append("narrow")
+    if how.waits and nvidia and how.slots * how.splits > programs * device(target).sms:
+        wrong.append("does not fit")
+    return Row(
+        target,
+        dtype,
+        f"{view.outer},{view.channels},{view.inner}",
+        launch.kernel.__name__.removesuffix("_kernel"),
+        "+".join(n for n in ("STATISTICS", "SUMS", "APPLY") if launch.flags.get(n)),
+        how.strategy,
+        f"{how.tile.block}x{how.tile.width}" + (f" /{how.num_ctas}" if how.num_ctas > 1 else ""),
+        how.num_warps,
+        facts.registers,
+        facts.spills,
+        facts.shared,
+        programs,
+        max(facts.loads, default=0),
+        round(facts.instructions / per_thread, 1),
+        round(facts.seconds, 2),
+        ", ".join(wrong),
+    )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the compilers made of a launch."""
+
+    registers: int
+    spills: int
+    loads: list[int]  # bytes of each global load in the code
+    instructions: int  # in the code
+    shared: int = 0
+    seconds: float = 0.0
+
+
+_compiled: dict[str, Facts] = {}
+
+
+def compiled(target: str, launch: Launch) -> Facts:
+    """Compile as for tensors whose pointers are multiples of 16, as torch allocates them. Once: many
+    launches differ in their grids alone."""
+    how, names, nvidia = launch.plan, launch.kernel.arg_names, target.startswith("sm_")
+    options = how.options(device(target))
+    key = repr((target, launch.kernel.__name__, launch.flags, launch.signature, how.tile, options))
+    if key in _compiled:
+        return _compiled[key]
+    signature = {name: launch.signature.get(name, "constexpr") for name in names}
+    constexprs: dict[Any, Any] = {(names.index(n),): v for n, v in {**launch.flags, "T": how.tile}.items()}
     attrs: dict[Any, Any] = {}
     for i, name in enumerate(names):
         for path, kind in leaves(signature[name], (i,)):
@@ -120,15 +210,13 @@ def compile_launch(
                 attrs[path] = [["tt.divisibility", 16]]
             elif kind == "constexpr" and len(path) > 1:
                 constexprs[path] = None
-    source = ASTSource(kernel, signature, constexprs, attrs)
-    nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
-    options = {"num_warps": how.num_warps, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=gpu, options=options)
-    registers, spills, widest = (nvidia_facts if nvidia else amd_facts)(compiled.asm)
-    shared = compiled.metadata.shared
-    label = "+".join(name for name, on in phases.items() if on and name in ("STATISTICS", "SUMS", "APPLY"))
-    return Row(target, kernel.__name__, label, dtype, view, how, registers, spills, shared, widest)
+    start = time.perf_counter()
+    binary = triton.compile(ASTSource(launch.kernel, signature, constexprs, attrs), gpu, options)
+    seconds = time.perf_counter() - start
+    facts = (nvidia_facts if nvidia else amd_facts)(binary.asm)
+    _compiled[key] = dataclasses.replace(facts, shared=binary.metadata.shared, seconds=seconds)
+    return _compiled[key]
 
 
 def leaves(kind: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
@@ -140,30 +228,34 @@ def leaves(kind: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], 
         yield path, kind
 
 
-def nvidia_facts(asm: dict[str, Any]) -> tuple[int, int, int]:
-    """Registers, local memory instructions, bytes of the widest global load."""
+def nvidia_facts(asm: dict[str, Any]) -> Facts:
+    """From the PTX and the SASS; a spill is an instruction on local memory."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
         usage = run(tools / "cuobjdump", "-res-usage", file.name)
         sass = run(tools / "nvdisasm", "-c", file.name)
-    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
-    spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
-    bits = [
-        int(b) * int(v or 1)
-        for v, b in re.findall(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfu](\d+)", asm["ptx"])
-    ]
-    return registers, spills, max(bits, default=0) // 8
+    bits = re.findall(r"ld\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bfu](\d+)", asm["ptx"])
+    return Facts(
+        registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        loads=[int(b) * int(v or 1) // 8 for v, b in bits],
+        instructions=len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+\S", sass)),
+    )
 
 
-def amd_facts(asm: dict[str, Any]) -> tuple[int, int, int]:
-    """Vector registers, spilled registers, bytes of the widest global load."""
+def amd_facts(asm: dict[str, Any]) -> Facts:
+    """From the assembly; a spill is a register's."""
+    # Of scalar registers, some are kept in lanes of vector registers: no memory is touched, none is counted.
     text = asm["amdgcn"]
-    registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[-1])
-    spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))
-    words = [int(n or 1) for n in re.findall(r"(?:global|buffer)_load_dword(?:x(\d))?\b", text)]
-    return registers, spills, max(words, default=0) * 4
+    loads = re.findall(r"(?:global|buffer)_load_(u?short|dword(?:x\d)?)", text)
+    return Facts(
+        registers=int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[-1]),
+        spills=sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)),
+        loads=[2 if "short" in kind else 4 * int(kind[6:] or 1) for kind in loads],
+        instructions=len(re.findall(r"^\t[vsgb]\w+_\w+", text, re.M)),
+    )
 
 
 def run(*command: Any) -> str:
@@ -171,9 +263,10 @@ def run(*command: Any) -> str:
     return subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
 
 
-def narrow(row: Row) -> bool:
-    """Whether an aligned tensor is read in less than its vectors, or 16 bytes."""
-    return row.widest < row.how.vec * ITEMSIZE[row.dtype]
+def report(target: str, dtype: str) -> list[Row]:
+    """Compile everything for one target and dtype."""
+    gpu = device(target)
+    return [row_of(target, dtype, view, launch) for view in VIEWS for launch in launches(view, dtype, gpu)]
 
 
 def main() -> int:
@@ -183,25 +276,24 @@ def main() -> int:
     )
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated, default: %(default)s")
     parser.add_argument("--dtypes", default="bf16,fp32", help="comma-separated, default: %(default)s")
+    parser.add_argument("--out", help="a CSV file of the rows")
     args = parser.parse_args()
-    bad = total = 0
-    print(
-        f"{'target':8}{'kernel':18}{'phases':18}{'dtype':6}{'(outer, C, inner)':20}{'strategy':12}"
-        f"{'tile':>10}{'warps':>6}{'regs':>6}{'spills':>7}{'shared':>8}{'load B':>7}"
-    )
-    for target in args.targets.split(","):
-        for dtype in args.dtypes.split(","):
-            for view in VIEWS:
-                for launch in launches(view, dtype):
-                    row = compile_launch(target, *launch, dtype, view)
-                    how, wrong = row.how, bool(row.spills or narrow(row))
-                    bad, total = bad + wrong, total + 1
-                    print(
-                        f"{target:8}{row.kernel:18}{row.phases:18}{dtype:6}{tuple(view)!s:20}{how.strategy:12}"
-                        f"{f'{how.block}x{how.width}':>10}{how.num_warps:6}{row.registers:6}{row.spills:7}"
-                        f"{row.shared:8}{row.widest:7}{'  <--' if wrong else ''}"
-                    )
-    print(f"{total} launches compiled, {bad} with a spill or a narrow access")
+    line = "{:8}{:6}{:18}{:11}{:17}{:13}{:>14}{:>6}{:>10}{:>7}{:>7}{:>9}{:>5}{:>13}{:>8}  {}".format
+    fields = [field.name for field in dataclasses.fields(Row)]
+    print(line(*fields), flush=True)
+    rows = []
+    targets, dtypes = args.targets.split(","), args.dtypes.split(",")
+    pairs = [*zip(*itertools.product(targets, dtypes), strict=True)]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for part in pool.map(report, *pairs):
+            for row in part:
+                rows.append(dataclasses.astuple(row))
+                print(line(*rows[-1]), flush=True)
+    if args.out:
+        with open(args.out, "w", newline="") as file:
+            csv.writer(file).writerows([fields, *rows])
+    bad = sum(bool(row[-1]) for row in rows)
+    print(f"{len(rows)} launches compiled, {bad} with a spill, a narrow access or too few programs")
     return 1 if bad else 0
 
 

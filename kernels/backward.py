@@ -3,21 +3,22 @@
 import triton
 import triton.language as tl
 
-from .statistics import load_affine, load_saved
+from .barrier import arrive, is_last, release, wait
+from .statistics import load_affine
 from .tile import (
-    arrive,
     channel_range,
     channel_sum,
+    edge_segments,
+    edges,
+    known_multiple,
     length,
     load,
     locate,
     mirrored,
     split_range,
+    spread,
     store,
 )
-
-#: Splits summed at a time, see statistics.PIECE.
-PIECE = tl.constexpr(32)
 
 
 @triton.jit(do_not_specialize=["outer", "channels", "inner"])
@@ -25,7 +26,7 @@ def backward_kernel(
     x,
     dy,
     dx,
-    affine,
+    weight,
     saved,
     grads,
     workspace,
@@ -35,12 +36,9 @@ def backward_kernel(
     TRAINING: tl.constexpr,
     SUMS: tl.constexpr,
     APPLY: tl.constexpr,
-    ROWS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
+    KEEP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    T: tl.constexpr,
 ):
     """With xn = (x - mu_B) / sigma_B, and r and d constants:
 
@@ -48,121 +46,203 @@ def backward_kernel(
     dx = gamma r / sigma_B * (dy - mean(dy) - xn * mean(dy * xn))       in training
     dx = gamma / sigma * dy                                             of inference
 
-    x, dy, dx: (outer, channels, inner). affine: (weight (C,) or None, None). saved: (5, C), of the
-    forward. grads: (dgamma (C,), dbeta (C,)), or (None, None) where nobody wants them. workspace:
-    (partials (splits + 1, 2, C), tickets (groups,) of zeros).
+    x, dy, dx: (outer, channels, inner). weight: (C,) or None. saved: (5, C), of the forward. grads:
+    (dgamma (C,), dbeta (C,)), or (None, None) where nobody wants them. workspace: (partials
+    (splits, 2, C), published (3, C), words (1 + groups,), see barrier.py).
 
-    One program owns a channel group (axis 0): one channel, or WIDTH channels in the rows shape.
-
-    - SUMS and APPLY in training (resident): the group is one tile of x and of dy, loaded once.
-    - SUMS alone: split s (axis 1); the last split to arrive adds the sums up, in a fixed order,
-      and publishes the total as the partial after the last.
-    - APPLY alone: the same splits in reverse order, so that what was read last is found in L2.
-    - SUMS and APPLY of inference: dx needs no sum, so splits do both in one pass.
+    Programs own what they own in the forward, and KEEP and SPLIT mean what they mean there. SUMS and
+    APPLY in training are one launch, or SUMS alone, then APPLY alone. Of inference, dx needs no sum:
+    both are done in one pass, and no program waits.
     """
     STAT: tl.constexpr = saved.dtype.element_ty
-    group, split = tl.program_id(0), tl.program_id(1)
-    splits = tl.num_programs(1)
-    if not SUMS:
-        group, split = tl.num_programs(0) - 1 - group, splits - 1 - split
-    if WIDE:
-        group, split, outer = group.to(tl.int64), split.to(tl.int64), outer.to(tl.int64)
-    channel, exists = channel_range(group, channels, ROWS, WIDTH)
-    total = length(outer, inner, ROWS, WINDOW, VEC)
+    partials, published, words = workspace
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    channels = known_multiple(channels, T)
+    groups = tl.cdiv(channels, T.channels)
     count = outer.to(STAT) * inner.to(STAT)
-    mean, rest, rstd, r, d = load_saved(saved, channel, exists, channels)
-    gamma, _ = load_affine(affine, channel, exists, STAT)
-    partials, tickets = workspace
+    if T.wide:
+        split, outer = split.to(tl.int64), outer.to(tl.int64)
+    if not SUMS:
+        split = splits - 1 - split
+    begin, end = split_range(split, splits, length(outer, inner, T), T)
 
-    if TRAINING and SUMS and APPLY:
-        offsets, inside, touched, whole = locate(
-            0, total, group, channels, inner, ROWS, WINDOW, VEC, BLOCK, WIDTH
-        )
-        g = load(dy, offsets, inside, touched, STAT, WINDOW)
-        t = load(x, offsets, inside, touched, STAT, WINDOW)
-        sum_g = channel_sum(g, ROWS)
-        sum_gx = channel_sum(g * normalised(t, mean, rest, rstd), ROWS)
-        store_grads(grads, sum_g, sum_gx, r, d, channel, exists)
-        value = gradient(t, g, mean, rest, rstd, gamma * r, sum_g / count, sum_gx / count)
-        store(dx, offsets, value, inside, whole, WINDOW)
+    for turn in range(tl.program_id(0), groups, tl.num_programs(0)):
+        group = turn if SUMS else groups - 1 - turn
+        if T.wide:
+            group = group.to(tl.int64)
+        channel, exists = channel_range(group, channels, T)
+        mean = spread(tl.load(saved + channel, mask=exists, other=0.0), inner, T)
+        a, k, c = tl.zeros([1], STAT), tl.zeros([1], STAT), tl.zeros([1], STAT)
+        if not TRAINING:
+            rstd = tl.load(saved + 2 * channels + channel, mask=exists, other=0.0)
+            a = spread(load_affine((weight, None), channel, exists, STAT)[0] * rstd, inner, T)
 
-    elif SUMS:
-        tile_g = tl.zeros([BLOCK, WIDTH], STAT)
-        tile_gx = tl.zeros([BLOCK, WIDTH], STAT)
-        begin, end = split_range(split, total, BLOCK)
-        for start in range(begin, end, BLOCK):
-            offsets, inside, touched, whole = locate(
-                start, end, group, channels, inner, ROWS, WINDOW, VEC, BLOCK, WIDTH
-            )
-            g = load(dy, offsets, inside, touched, STAT, WINDOW)
-            t = load(x, offsets, inside, touched, STAT, WINDOW)
-            tile_g += g
-            tile_gx += g * normalised(t, mean, rest, rstd)
-            if APPLY:
-                store(dx, offsets, g * (gamma * rstd), inside, whole, WINDOW)
-        sum_g, sum_gx = channel_sum(tile_g, ROWS), channel_sum(tile_gx, ROWS)
-        p = partials + split * 2 * channels + channel
-        tl.store(p, sum_g, mask=exists)
-        tl.store(p + channels, sum_gx, mask=exists)
-        if arrive(tickets + group, splits):
-            sum_g, sum_gx = add_partials(partials, splits, channel, exists, channels, STAT)
-            store_grads(grads, sum_g, sum_gx, r, d, channel, exists)
-            p = partials + splits * 2 * channels + channel
-            tl.store(p, sum_g, mask=exists)
-            tl.store(p + channels, sum_gx, mask=exists)
-            tl.store(tickets + group, 0)
-
-    else:
-        mean_g, mean_gx = tl.zeros([1], STAT), tl.zeros([1], STAT)
-        if TRAINING:
-            p = partials + splits * 2 * channels + channel
-            mean_g = tl.load(p, mask=exists, other=0.0) / count
-            mean_gx = tl.load(p + channels, mask=exists, other=0.0) / count
-        begin, end = split_range(split, total, BLOCK)
-        for start in range(begin, end, BLOCK):
-            at = mirrored(start, begin, end, BLOCK)
-            offsets, inside, touched, whole = locate(
-                at, end, group, channels, inner, ROWS, WINDOW, VEC, BLOCK, WIDTH
-            )
-            g = load(dy, offsets, inside, touched, STAT, WINDOW)
-            if TRAINING:
-                t = load(x, offsets, inside, touched, STAT, WINDOW)
-                value = gradient(t, g, mean, rest, rstd, gamma * r, mean_g, mean_gx)
+        if SUMS:
+            if KEEP:
+                place = locate(begin, end, group, channels, inner, T)
+                g = load(dy, place, STAT)
+                t = load(x, place, STAT)
+                sum_g = channel_sum(g, inner, T)
+                sum_gx = channel_sum(g * (t - mean), inner, T)
+                if T.edges:
+                    first, _ = edge_segments(begin, end, inner, T)
+                    e_place = edges(first, begin, end, group, channels, inner, T)
+                    e_g = load(dy, e_place, STAT)
+                    e_t = load(x, e_place, STAT)
+                    sum_g += channel_sum(e_g, inner, T)
+                    sum_gx += channel_sum(e_g * (e_t - mean), inner, T)
             else:
-                value = g * (gamma * rstd)
-            store(dx, offsets, value, inside, whole, WINDOW)
+                sum_g, sum_gx = sums_of_split(
+                    x, dy, dx, begin, end, group, channels, inner, mean, a, TRAINING, APPLY, STAT, T
+                )
+            if SPLIT:
+                p = partials + split * 2 * channels + channel
+                tl.store(p, sum_g, mask=exists)
+                tl.store(p + channels, sum_gx, mask=exists)
+                word = words + 1 + group
+                found = arrive(word)
+                if is_last(found, splits):
+                    sums = add_partials(partials, splits, channel, exists, channels, STAT, T)
+                    a_, k_, c_ = conclude(count, sums, weight, saved, grads, channel, exists, channels)
+                    if TRAINING:
+                        tl.store(published + channel, a_, mask=exists)
+                        tl.store(published + channels + channel, k_, mask=exists)
+                        tl.store(published + 2 * channels + channel, c_, mask=exists)
+                    release(word, found)
+                elif APPLY and TRAINING:
+                    wait(word, found)
+            else:
+                sums = (sum_g, sum_gx)
+                a, k, c = conclude(count, sums, weight, saved, grads, channel, exists, channels)
+
+        if APPLY:
+            if TRAINING:
+                if SPLIT:
+                    tl.debug_barrier()
+                    a = tl.load(published + channel, mask=exists, other=0.0)
+                    k = tl.load(published + channels + channel, mask=exists, other=0.0)
+                    c = tl.load(published + 2 * channels + channel, mask=exists, other=0.0)
+                a, k, c = spread(a, inner, T), spread(k, inner, T), spread(c, inner, T)
+            if KEEP:
+                store(dx, place, g * a + ((t - mean) * k + c))
+                if T.edges:
+                    store(dx, e_place, e_g * a + ((e_t - mean) * k + c))
+            elif TRAINING or not SUMS:
+                apply_to_split(
+                    x, dy, dx, begin, end, group, channels, inner, mean, a, k, c, TRAINING, STAT, T
+                )
 
 
 @triton.jit
-def normalised(t, mean, rest, rstd):
-    """xn = (t - mean - rest) / sigma_B."""
-    return (t - mean) * rstd - rest * rstd
+def sums_of_split(
+    x,
+    dy,
+    dx,
+    begin,
+    end,
+    group,
+    channels,
+    inner,
+    mean,
+    a,
+    TRAINING: tl.constexpr,
+    APPLY: tl.constexpr,
+    STAT: tl.constexpr,
+    T: tl.constexpr,
+):
+    """sum(dy) and sum(dy * (x - mean)) of the rows or vectors [begin, end) of a group. Of inference, dx
+    needs neither, and is stored in passing."""
+    KEPT: tl.constexpr = "evict_last" if TRAINING and APPLY else ""
+    tile_g = tl.zeros([T.block, T.width], STAT)
+    tile_gx = tile_g
+    for start in range(begin, end, T.block):
+        place = locate(start, end, group, channels, inner, T)
+        g = load(dy, place, STAT, KEPT)
+        t = load(x, place, STAT, KEPT)
+        tile_g += g
+        tile_gx += g * (t - mean)
+        if APPLY and not TRAINING:
+            store(dx, place, g * a)
+    sum_g, sum_gx = channel_sum(tile_g, inner, T), channel_sum(tile_gx, inner, T)
+    if T.edges:
+        first, last = edge_segments(begin, end, inner, T)
+        for segment in range(first, last, T.segments):
+            e_place = edges(segment, begin, end, group, channels, inner, T)
+            g = load(dy, e_place, STAT, KEPT)
+            t = load(x, e_place, STAT, KEPT)
+            sum_g += channel_sum(g, inner, T)
+            sum_gx += channel_sum(g * (t - mean), inner, T)
+            if APPLY and not TRAINING:
+                store(dx, e_place, g * a)
+    return sum_g, sum_gx
 
 
 @triton.jit
-def gradient(t, g, mean, rest, rstd, gamma_r, mean_g, mean_gx):
-    """gamma r / sigma_B * (g - mean(g) - xn * mean(g xn)): a subtraction and two FMAs per element."""
-    a = gamma_r * rstd
-    k = -a * rstd * mean_gx
-    return g * a + ((t - mean) * k - (a * mean_g + rest * k))
+def apply_to_split(
+    x,
+    dy,
+    dx,
+    begin,
+    end,
+    group,
+    channels,
+    inner,
+    mean,
+    a,
+    k,
+    c,
+    TRAINING: tl.constexpr,
+    STAT: tl.constexpr,
+    T: tl.constexpr,
+):
+    """dx for the rows or vectors [begin, end) of a group, the last tile first."""
+    if T.edges:
+        first, last = edge_segments(begin, end, inner, T)
+        for segment in range(first, last, T.segments):
+            e_place = edges(segment, begin, end, group, channels, inner, T)
+            apply_to_tile(x, dy, dx, e_place, mean, a, k, c, TRAINING, STAT)
+    for start in range(begin, end, T.block):
+        place = locate(mirrored(start, begin, end, T), end, group, channels, inner, T)
+        apply_to_tile(x, dy, dx, place, mean, a, k, c, TRAINING, STAT)
 
 
 @triton.jit
-def store_grads(grads, sum_g, sum_gx, r, d, channel, exists):
-    """dgamma = r sum(dy xn) + d sum(dy), dbeta = sum(dy)."""
+def apply_to_tile(x, dy, dx, place, mean, a, k, c, TRAINING: tl.constexpr, STAT: tl.constexpr):
+    """dx from x and dy, which are read for the last time."""
+    value = load(dy, place, STAT, "evict_first") * a
+    if TRAINING:
+        value += (load(x, place, STAT, "evict_first") - mean) * k + c
+    store(dx, place, value)
+
+
+@triton.jit
+def conclude(count, sums, weight, saved, grads, channel, exists, channels):
+    """From the sums of dy and dy * (x - mean): dgamma and dbeta, stored, and a, k, c of
+    dx = dy * a + ((x - mean) * k + c) = gamma r / sigma_B * (dy - mean(dy) - xn * mean(dy * xn))."""
+    STAT: tl.constexpr = saved.dtype.element_ty
+    rest = tl.load(saved + channels + channel, mask=exists, other=0.0)
+    rstd = tl.load(saved + 2 * channels + channel, mask=exists, other=0.0)
+    r = tl.load(saved + 3 * channels + channel, mask=exists, other=0.0)
+    gamma, _ = load_affine((weight, None), channel, exists, STAT)
+    sum_g, sum_gx = sums
+    sum_gx = (sum_gx - rest * sum_g) * rstd
     dweight, dbias = grads
     if dweight is not None:
+        d = tl.load(saved + 4 * channels + channel, mask=exists, other=0.0)
         tl.store(dweight + channel, (r * sum_gx + d * sum_g).to(dweight.dtype.element_ty), mask=exists)
         tl.store(dbias + channel, sum_g.to(dbias.dtype.element_ty), mask=exists)
+    a = gamma * r * rstd
+    k = -a * rstd * (sum_gx / count)
+    return a, k, -(a * (sum_g / count) + rest * k)
 
 
 @triton.jit
-def add_partials(partials, splits, channel, exists, channels, STAT: tl.constexpr):
+def add_partials(partials, splits, channel, exists, channels, STAT: tl.constexpr, T: tl.constexpr):
     """The sums over all splits, always in the same order: results are repeatable."""
     sum_g = tl.zeros([channel.shape[0]], STAT)
     sum_gx = sum_g
-    for first in range(0, splits, PIECE):
-        split = first + tl.arange(0, PIECE)[:, None]
+    for first in range(0, splits, T.piece):
+        split = first + tl.arange(0, T.piece)[:, None]
         mask = (split < splits) & exists[None, :]
         p = partials + split * 2 * channels + channel[None, :]
         sum_g += tl.sum(tl.load(p, mask=mask, other=0.0), 0)

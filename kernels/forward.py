@@ -3,26 +3,35 @@
 import triton
 import triton.language as tl
 
+from .barrier import arrive, is_last, release, wait
 from .statistics import (
+    count_batch,
     finalise,
-    load_affine,
-    load_saved,
+    load_running,
     merge,
     merge_partials,
     moments,
-    renormalise,
+    moments_of_both,
+    moments_of_places,
     store_partial,
+    two_sum,
+    welford,
 )
 from .tile import (
-    arrive,
     channel_range,
+    channel_sum,
+    counted,
+    edge_segments,
+    edges,
+    known_multiple,
     length,
     load,
     locate,
     mirrored,
+    rows_or_vectors,
     split_range,
+    spread,
     store,
-    tile_count,
 )
 
 
@@ -40,89 +49,167 @@ def forward_kernel(
     settings,
     STATISTICS: tl.constexpr,
     APPLY: tl.constexpr,
+    KEEP: tl.constexpr,
+    SPLIT: tl.constexpr,
     AVERAGE_STD: tl.constexpr,
-    ROWS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
+    T: tl.constexpr,
 ):
     """y = gamma * ((x - mu_B) / sigma_B * r + d) + beta, and the running statistics' update.
 
     x, y: (outer, channels, inner). affine: (weight (C,) or None, bias (C,) or None). running:
     (mean (C,), var (C,), step () or None). saved: (5, C), see ``finalise``. workspace:
-    (partials (splits, 4, C), tickets (groups,) of zeros). settings: (momentum, eps, r ramp, d ramp).
+    (partials (splits, 3, C), published (2, C), words (1 + groups,), see barrier.py).
+    settings: (momentum, eps, r ramp, d ramp). T: see tile.py.
 
-    One program owns a channel group (axis 0): one channel, or WIDTH channels in the rows shape.
+    A program owns one split (axis 1) of a channel group, then of the next group: as many groups at a
+    time as axis 0 has programs.
 
-    - STATISTICS and APPLY (resident): the group is one tile, loaded once.
-    - STATISTICS alone: split s (axis 1) of the group; the last split to arrive finalises.
-    - APPLY alone: the same splits in reverse order, so that what was read last is found in L2.
+    - KEEP (resident, cluster, cooperative): its split is one tile, loaded once and kept until stored.
+      Otherwise (blocked, two_launch) it walks through tiles, to read them again in reverse order, so
+      that what was read last is found in L2.
+    - SPLIT: the splits of a group hand in their moments; the last to arrive finalises and publishes
+      what the others wait for (cooperative, blocked) or the next launch reads (two_launch).
+      Otherwise (resident, cluster) one program has the whole group.
+    - STATISTICS alone, then APPLY alone: two_launch.
     """
     STAT: tl.constexpr = saved.dtype.element_ty
-    group, split = tl.program_id(0), tl.program_id(1)
-    if not STATISTICS:
-        group, split = tl.num_programs(0) - 1 - group, tl.num_programs(1) - 1 - split
-    if WIDE:
-        group, split, outer = group.to(tl.int64), split.to(tl.int64), outer.to(tl.int64)
-    channel, exists = channel_range(group, channels, ROWS, WIDTH)
-    total = length(outer, inner, ROWS, WINDOW, VEC)
+    partials, published, words = workspace
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    channels = known_multiple(channels, T)
+    groups = tl.cdiv(channels, T.channels)
     count = outer.to(STAT) * inner.to(STAT)
+    if T.wide:
+        split, outer = split.to(tl.int64), outer.to(tl.int64)
+    if not STATISTICS:
+        split = splits - 1 - split
+    total = length(outer, inner, T)
+    begin, end = split_range(split, splits, total, T)
 
-    if STATISTICS and APPLY:
-        offsets, inside, touched, whole = locate(
-            0, total, group, channels, inner, ROWS, WINDOW, VEC, BLOCK, WIDTH
-        )
-        t = load(x, offsets, inside, touched, STAT, WINDOW)
-        mean, rest, m2 = moments(t, inside, count, ROWS)
-        mean, rest, rstd, r, d = finalise(
-            count, mean, rest, m2, running, saved, channel, exists, channels, settings, AVERAGE_STD
-        )
-        gamma, beta = load_affine(affine, channel, exists, STAT)
-        store(y, offsets, renormalise(t, mean, rest, rstd, r, d, gamma, beta), inside, whole, WINDOW)
-        if running[2] is not None and arrive(workspace[1], tl.num_programs(0)):
-            # Others read the counter to evaluate the ramps: only the last program may write it.
-            tl.store(running[2], tl.load(running[2]) + 1)
-            tl.store(workspace[1], 0)
+    for turn in range(tl.program_id(0), groups, tl.num_programs(0)):
+        group = turn if STATISTICS else groups - 1 - turn
+        if T.wide:
+            group = group.to(tl.int64)
+        channel, exists = channel_range(group, channels, T)
 
-    elif STATISTICS:
-        n = tl.zeros([channel.shape[0]], STAT)
-        mean, rest, m2 = n, n, n
-        begin, end = split_range(split, total, BLOCK)
-        for start in range(begin, end, BLOCK):
-            offsets, inside, touched, whole = locate(
-                start, end, group, channels, inner, ROWS, WINDOW, VEC, BLOCK, WIDTH
-            )
-            t = load(x, offsets, inside, touched, STAT, WINDOW)
-            n_t = tile_count(start, end, inside, STAT, ROWS, WINDOW, VEC, BLOCK)
-            mean_t, rest_t, m2_t = moments(t, inside, n_t, ROWS)
-            n, mean, rest, m2 = merge(n, mean, rest, m2, n_t, mean_t, rest_t, m2_t)
-        partials, tickets = workspace
-        store_partial(partials, split, n, mean, rest, m2, channel, exists, channels)
-        if arrive(tickets + group, tl.num_programs(1)):
-            n, mean, rest, m2 = merge_partials(partials, tl.num_programs(1), channel, exists, channels, STAT)
-            finalise(count, mean, rest, m2, running, saved, channel, exists, channels, settings, AVERAGE_STD)
-            tl.store(tickets + group, 0)
+        if STATISTICS:
+            if not SPLIT:  # read before, written after the reductions, which all of a cluster takes part in
+                old = load_running(running, channel, exists, STAT)
+            if KEEP:
+                n = count
+                if SPLIT:
+                    n = tl.maximum(counted(begin, end, group, channels, inner, T), 1).to(STAT)
+                place = locate(begin, end, group, channels, inner, T)
+                t = load(x, place, STAT)
+                e, e_place = t, place
+                if T.edges:
+                    first, _ = edge_segments(begin, end, inner, T)
+                    e_place = edges(first, begin, end, group, channels, inner, T)
+                    e = load(x, e_place, STAT)
+                mean, rest, m2 = moments_of_both(t, place[1], e, e_place[1], n, inner, T.edges, T)
+            else:
+                KEPT: tl.constexpr = "evict_last" if APPLY else ""
+                mean, rest, m2 = moments_of_split(x, begin, end, group, channels, inner, STAT, KEPT, T)
+            if SPLIT:
+                store_partial(partials, split, mean, rest, m2, channel, exists, channels)
+                word = words + 1 + group
+                found = arrive(word)
+                if is_last(found, splits):
+                    moments_ = merge_partials(
+                        partials, splits, total, group, channel, exists, channels, inner, STAT, T
+                    )
+                    a_, b_ = finalise(
+                        count,
+                        moments_,
+                        load_running(running, channel, exists, STAT),
+                        running,
+                        affine,
+                        saved,
+                        channel,
+                        exists,
+                        channels,
+                        settings,
+                        AVERAGE_STD,
+                    )
+                    tl.store(published + channel, a_, mask=exists)
+                    tl.store(published + channels + channel, b_, mask=exists)
+                    release(word, found)
+                    count_batch(running, words, groups)
+                elif APPLY:
+                    wait(word, found)
+            else:
+                a, b = finalise(
+                    count,
+                    (mean, rest, m2),
+                    old,
+                    running,
+                    affine,
+                    saved,
+                    channel,
+                    exists,
+                    channels,
+                    settings,
+                    AVERAGE_STD,
+                )
 
-    else:
-        mean, rest, rstd, r, d = load_saved(saved, channel, exists, channels)
-        gamma, beta = load_affine(affine, channel, exists, STAT)
-        begin, end = split_range(split, total, BLOCK)
-        for start in range(begin, end, BLOCK):
-            offsets, inside, touched, whole = locate(
-                mirrored(start, begin, end, BLOCK),
-                end,
-                group,
-                channels,
-                inner,
-                ROWS,
-                WINDOW,
-                VEC,
-                BLOCK,
-                WIDTH,
-            )
-            t = load(x, offsets, inside, touched, STAT, WINDOW)
-            store(y, offsets, renormalise(t, mean, rest, rstd, r, d, gamma, beta), inside, whole, WINDOW)
-        if running[2] is not None and tl.program_id(0) + tl.program_id(1) == 0:
-            tl.store(running[2], tl.load(running[2]) + 1)
+        if APPLY:
+            if SPLIT:
+                tl.debug_barrier()
+                mean = tl.load(saved + channel, mask=exists, other=0.0)
+                a = tl.load(published + channel, mask=exists, other=0.0)
+                b = tl.load(published + channels + channel, mask=exists, other=0.0)
+            mean, a, b = spread(mean, inner, T), spread(a, inner, T), spread(b, inner, T)
+            if KEEP:
+                store(y, place, (t - mean) * a + b)
+                if T.edges:
+                    store(y, e_place, (e - mean) * a + b)
+            else:
+                normalise_split(x, y, begin, end, group, channels, inner, mean, a, b, STAT, T)
+            if not SPLIT:
+                count_batch(running, words, groups)
+
+
+@triton.jit
+def moments_of_split(
+    x, begin, end, group, channels, inner, STAT: tl.constexpr, KEPT: tl.constexpr, T: tl.constexpr
+):
+    """The moments of the rows or vectors [begin, end) of a group, tile after tile, and of their edges."""
+    place = locate(begin, end, group, channels, inner, T)
+    t = load(x, place, STAT, KEPT)
+    seen = rows_or_vectors(begin, end, place, T)
+    n = seen.to(STAT)
+    # Moments about the first tile's mean: about 0, those of a channel at 1e4 would be rounded away.
+    pivot = channel_sum(t, inner, T) / tl.maximum(channel_sum(n + tl.zeros_like(t), inner, T), 1.0)
+    mean_p = tl.where(seen, t - spread(pivot, inner, T), 0.0)
+    m2_p = tl.zeros_like(t)
+    for start in range(begin + T.block, end, T.block):
+        place = locate(start, end, group, channels, inner, T)
+        t = load(x, place, STAT, KEPT) - spread(pivot, inner, T)
+        n, mean_p, m2_p = welford(t, rows_or_vectors(start, end, place, T), n, mean_p, m2_p)
+    n, rest, m2 = moments_of_places(n, mean_p, m2_p, inner, T)
+    mean, rest = two_sum(pivot, rest)
+    if T.edges:
+        first, last = edge_segments(begin, end, inner, T)
+        for segment in range(first, last, T.segments):
+            e_place = edges(segment, begin, end, group, channels, inner, T)
+            e = load(x, e_place, STAT, KEPT)
+            n_e = channel_sum(e_place[1].to(STAT), inner, T)
+            mean_e, rest_e, m2_e = moments(e, e_place[1], tl.maximum(n_e, 1.0), inner, T)
+            n, mean, rest, m2 = merge(n, mean, rest, m2, n_e, mean_e, rest_e, m2_e)
+    return mean, rest, m2
+
+
+@triton.jit
+def normalise_split(
+    x, y, begin, end, group, channels, inner, mean, a, b, STAT: tl.constexpr, T: tl.constexpr
+):
+    """y = (x - mean) * a + b for the rows or vectors [begin, end) of a group, the last tile first."""
+    if T.edges:
+        first, last = edge_segments(begin, end, inner, T)
+        for segment in range(first, last, T.segments):
+            e_place = edges(segment, begin, end, group, channels, inner, T)
+            e = load(x, e_place, STAT, "evict_first")
+            store(y, e_place, (e - mean) * a + b)
+    for start in range(begin, end, T.block):
+        place = locate(mirrored(start, begin, end, T), end, group, channels, inner, T)
+        t = load(x, place, STAT, "evict_first")
+        store(y, place, (t - mean) * a + b)

@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
-from .statistics import exact, load_affine, renormalise, store_saved
-from .tile import channel_range, length, load, locate, split_range, store
+from .forward import normalise_split
+from .statistics import exact, line, load_affine, store_saved
+from .tile import channel_range, known_multiple, length, split_range, spread
 
 
 @triton.jit(do_not_specialize=["outer", "channels", "inner"])
@@ -19,12 +20,7 @@ def inference_kernel(
     inner,
     eps,
     SAVE: tl.constexpr,
-    ROWS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
+    T: tl.constexpr,
 ):
     """y = gamma * (x - mu) / sigma + beta.
 
@@ -35,9 +31,10 @@ def inference_kernel(
     """
     STAT: tl.constexpr = running[0].dtype.element_ty
     group, split = tl.program_id(0), tl.program_id(1)
-    if WIDE:
+    if T.wide:
         group, split, outer = group.to(tl.int64), split.to(tl.int64), outer.to(tl.int64)
-    channel, exists = channel_range(group, channels, ROWS, WIDTH)
+    channels = known_multiple(channels, T)
+    channel, exists = channel_range(group, channels, T)
     mean = tl.load(running[0] + channel, mask=exists, other=0.0)
     var = tl.load(running[1] + channel, mask=exists, other=1.0)
     gamma, beta = load_affine(affine, channel, exists, STAT)
@@ -46,10 +43,7 @@ def inference_kernel(
     if SAVE:  # noqa: SIM102 (a constexpr and a run-time condition)
         if split == 0:
             store_saved(saved, mean, zero, rstd, zero + 1.0, zero, channel, exists, channels)
-    begin, end = split_range(split, length(outer, inner, ROWS, WINDOW, VEC), BLOCK)
-    for start in range(begin, end, BLOCK):
-        offsets, inside, touched, whole = locate(
-            start, end, group, channels, inner, ROWS, WINDOW, VEC, BLOCK, WIDTH
-        )
-        t = load(x, offsets, inside, touched, STAT, WINDOW)
-        store(y, offsets, renormalise(t, mean, zero, rstd, 1.0, zero, gamma, beta), inside, whole, WINDOW)
+    a, b = line(zero, rstd, 1.0, zero, gamma, beta)
+    mean, a, b = spread(mean, inner, T), spread(a, inner, T), spread(b, inner, T)
+    begin, end = split_range(split, tl.num_programs(1), length(outer, inner, T), T)
+    normalise_split(x, y, begin, end, group, channels, inner, mean, a, b, STAT, T)

@@ -1,15 +1,22 @@
 """Where a tile lies in memory. Every input is (outer, channels, inner), dense.
 
-A tile is [BLOCK, WIDTH] elements, in one of two shapes:
+``T``, a constexpr, is the tile of a launch plan (triton_brn.planner.Tile): [T.block, T.width] elements
+of T.channels channels, in one of two shapes:
 
-- rows (``inner == 1``: channels_last or (N, C)): BLOCK rows of WIDTH neighbouring channels;
-- channel-major: BLOCK vectors of WIDTH contiguous elements of one channel. The channel is ``outer``
-  segments of ``inner`` elements, and its vectors are numbered through all segments, so a tile is
-  full whatever the map's size. In a map that is no multiple of WIDTH the vectors of a segment start
-  at the multiple of WIDTH at or before the segment (an aligned WINDOW): a 7x7 map in bfloat16 is 7
-  vectors of 16 bytes, not 49 scalars.
+- rows: T.block rows of T.width elements, one row an index of ``outer``. The T.channels neighbouring
+  channels of a group lie side by side there: single elements of them where ``inner == 1``
+  (channels_last or (N, C)), else whole small maps, ``T.folded``: eight 7x7 maps in bfloat16 are 784
+  contiguous bytes that begin at a multiple of 16, where one alone begins anywhere.
+- channel-major: T.block vectors of T.vec contiguous elements of one channel. The channel is ``outer``
+  segments of ``inner`` elements, and its vectors are numbered through all segments, so a tile is full
+  whatever the map's size. Where maps do not begin at multiples of 32 bytes (T.window), the vectors of a
+  segment begin at such a multiple, T.lead elements, all the same: a 35x35 map in bfloat16 is 152 vectors
+  of 16 bytes, not 1,225 scalars, and no request of 32 threads touches a sector more than it must. If a
+  map is a whole number of vectors, they begin at or before the map. Otherwise (T.edges) they fill the
+  sectors that are the map's alone, and what is left at both ends, less than a sector each, is a tile of
+  its own: [T.segments, 2 T.lead].
 
-Per-channel values are vectors of CHANNELS elements: WIDTH in the rows shape, else 1.
+Per-channel values are vectors of T.channels elements.
 """
 
 import triton
@@ -17,140 +24,209 @@ import triton.language as tl
 
 
 @triton.jit
-def length(outer, inner, ROWS: tl.constexpr, WINDOW: tl.constexpr, VEC: tl.constexpr):
+def length(outer, inner, T: tl.constexpr):
     """How many rows, or vectors, a channel has."""
-    if ROWS:
+    if T.rows:
         return outer
     else:
-        return outer * vectors(inner, WINDOW, VEC)
+        return outer * vectors(inner, T)
 
 
 @triton.jit
-def vectors(inner, WINDOW: tl.constexpr, VEC: tl.constexpr):
-    """Vectors that a segment touches, at most: it may start on the last element of one."""
-    if WINDOW:
-        return (inner + 2 * VEC - 2) // VEC
+def vectors(inner, T: tl.constexpr):
+    """Vectors that a segment is given, whether all of them exist or not."""
+    if T.edges:
+        return inner // T.lead * (T.lead // T.vec)
+    elif T.window:  # of all sectors that it touches if it begins with the last element of one
+        return (inner + 2 * T.lead - 2) // T.lead * (T.lead // T.vec)
     else:
-        return inner // VEC
+        return inner // T.vec
 
 
 @triton.jit
-def channel_range(group, channels, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """The channels of a program's group, and which of them exist."""
-    CHANNELS: tl.constexpr = WIDTH if ROWS else 1
-    channel = group * CHANNELS + tl.arange(0, CHANNELS)
+def known_multiple(channels, T: tl.constexpr):
+    """``channels``, so that Triton knows it for a multiple of T.vec where rows say so."""
+    if T.rows and not T.folded:
+        channels = channels // T.vec * T.vec
+    return channels
+
+
+@triton.jit
+def channel_range(group, channels, T: tl.constexpr):
+    """The channels of a group, and which of them exist."""
+    channel = group * T.channels + tl.arange(0, T.channels)
     return channel, channel < channels
 
 
 @triton.jit
-def locate(
-    start,
-    stop,
-    group,
-    channels,
-    inner,
-    ROWS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Offsets of the tile that begins at row or vector ``start``, and three masks: elements inside
-    the channel, what to load, and what to store as whole vectors. Only in a WINDOW do they differ.
-
-    Sizes are divided and multiplied by VEC so that Triton knows them for multiples of it.
-    """
-    i = (start + tl.arange(0, BLOCK))[:, None]
-    lane = tl.arange(0, WIDTH)[None, :]
-    if ROWS:
-        channel = group * WIDTH + lane
-        offsets = i * (channels // VEC * VEC) + channel
-        inside = (i < stop) & (channel < channels // VEC * VEC)
-        return offsets, inside, inside, inside
-    else:
-        per_segment = vectors(inner, WINDOW, VEC)
-        segment = i // per_segment
-        vector = i - segment * per_segment
-        if WINDOW:
-            base = (segment * channels + group) * inner
-            first = (base // VEC + vector) * VEC
-            offsets = first + lane
-            inside = (i < stop) & (offsets >= base) & (offsets < base + inner)
-            touched = (i < stop) & (first < base + inner)
-            whole = (i < stop) & (first >= base) & (first + VEC <= base + inner)
-            return offsets, inside, touched, whole
-        else:
-            offsets = ((segment * channels + group) * per_segment + vector) * VEC + lane
-            inside = i < stop
-            return offsets, inside, inside, inside
-
-
-@triton.jit
-def load(pointer, offsets, inside, touched, STAT: tl.constexpr, WINDOW: tl.constexpr):
-    """The tile in the dtype of the statistics, zero outside the channel."""
-    t = tl.load(pointer + offsets, mask=touched, other=0.0).to(STAT)
-    if WINDOW:
-        t = tl.where(inside, t, 0.0)
-    return t
-
-
-@triton.jit
-def store(pointer, offsets, value, inside, whole, WINDOW: tl.constexpr):
-    """Store what is inside the channel; the two edges of a window's segment element by element."""
-    value = value.to(pointer.dtype.element_ty)
-    tl.store(pointer + offsets, value, mask=whole)
-    if WINDOW:
-        tl.store(pointer + offsets, value, mask=inside & ~whole)
-
-
-@triton.jit
-def channel_sum(t, ROWS: tl.constexpr):
-    """Sum a tile over each of its channels. One reduction over both axes: 16 shuffles, not 114."""
-    if ROWS:
-        return tl.sum(t, 0)
-    else:
-        return tl.sum(t) + tl.zeros([1], t.dtype)
-
-
-@triton.jit
-def split_range(split, total, BLOCK: tl.constexpr):
-    """The rows or vectors [begin, end) of a split; program axis 1 counts the splits."""
-    blocks = (total + BLOCK - 1) // BLOCK
-    splits = tl.num_programs(1)
-    per_split = (blocks + splits - 1) // splits * BLOCK
+def split_range(split, splits, total, T: tl.constexpr):
+    """The rows or vectors [begin, end) of a split: a multiple of T.grain, but for the last."""
+    per_split = tl.cdiv(tl.cdiv(total, splits), T.grain) * T.grain
     begin = split * per_split
     return begin, tl.minimum(begin + per_split, total)
 
 
 @triton.jit
-def mirrored(start, begin, end, BLOCK: tl.constexpr):
+def mirrored(start, begin, end, T: tl.constexpr):
     """The tile that takes the place of the one at ``start`` when [begin, end) is walked backwards."""
-    return begin + (end - begin - 1) // BLOCK * BLOCK - (start - begin)
+    return begin + (end - begin - 1) // T.block * T.block - (start - begin)
 
 
 @triton.jit
-def tile_count(
-    start,
-    end,
-    inside,
-    STAT: tl.constexpr,
-    ROWS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """How many elements of each channel lie inside the tile."""
-    if WINDOW:
-        return channel_sum(inside.to(STAT), ROWS)
-    elif ROWS:
-        return tl.minimum(end - start, BLOCK).to(STAT)
+def locate(start, stop, group, channels, inner, T: tl.constexpr):
+    """The place of the tile that begins at row or vector ``start``: offsets, and a mask that broadcasts
+    over them, what is the group's.
+
+    Sizes are divided and multiplied by T.vec so that Triton knows them for multiples of it.
+    """
+    i = (start + tl.arange(0, T.block))[:, None]
+    lane = tl.arange(0, T.width)[None, :]
+    if T.rows:
+        row = channels
+        column = group * T.width + lane
+        inside = i < stop
+        if T.folded:
+            row = channels * inner // T.vec * T.vec
+            maps = T.channels * inner // T.vec * T.vec
+            inside &= lane < maps
+            column = group * maps + lane
+        inside &= column < row
+        return i * row + column, inside
     else:
-        return (tl.minimum(end - start, BLOCK) * VEC).to(STAT)
+        per_segment = vectors(inner, T)
+        segment = i // per_segment
+        vector = i - segment * per_segment
+        if T.window:
+            base = (segment * channels + group) * inner
+            first = (first_sector(base, T) * (T.lead // T.vec) + vector) * T.vec
+            if T.edges:
+                last = (base + inner) // T.lead * T.lead
+                inside = (i < stop) & (first < last)
+            else:
+                inside = (i < stop) & (first + T.vec > base) & (first < base + inner)
+            return first + lane, inside
+        else:
+            offsets = ((segment * channels + group) * per_segment + vector) * T.vec + lane
+            return offsets, i < stop
 
 
 @triton.jit
-def arrive(ticket, expected):
-    """Whether this program is the last of ``expected`` to arrive. Everything that it and the others
-    wrote before is then visible to it, and everything that they read has been read."""
-    tl.debug_barrier()  # the release below is one thread's: first all warps must be here
-    return tl.atomic_add(ticket, 1, sem="acq_rel") == expected - 1
+def rows_or_vectors(start, stop, place, T: tl.constexpr):
+    """Which rows or vectors of the tile at ``place`` are the group's, [T.block, 1]."""
+    if T.rows:
+        return (start + tl.arange(0, T.block))[:, None] < stop
+    else:
+        return place[1]
+
+
+@triton.jit
+def first_sector(base, T: tl.constexpr):
+    """The first sector of the segment that begins at element ``base``."""
+    if T.edges:
+        return (base + T.lead - 1) // T.lead
+    else:
+        return base // T.lead
+
+
+@triton.jit
+def edge_segments(begin, end, inner, T: tl.constexpr):
+    """The segments [first, last) that may have edges among the vectors [begin, end)."""
+    per_segment = vectors(inner, T)
+    return begin // per_segment, (end - 1) // per_segment + 1
+
+
+@triton.jit
+def edges(first, begin, end, group, channels, inner, T: tl.constexpr):
+    """The place of the tile of both edges of T.segments segments from ``first`` on: offsets, and a mask;
+    then the mask of whole vectors to load, and the offsets to store to. A left edge is with its segment's
+    first vector, a right edge with the last.
+    """
+    segment = (first + tl.arange(0, T.segments))[:, None]
+    lane = tl.arange(0, 2 * T.lead)[None, :]
+    left = lane < T.lead
+    base = (segment * channels + group) * inner
+    per_segment = vectors(inner, T)
+    i = segment * per_segment + tl.where(left, 0, per_segment - 1)
+    mine = (i >= begin) & (i < end)
+    start = tl.where(left, first_sector(base, T) - 1, (base + inner) // T.lead) * T.lead
+    offsets = start + lane % T.lead
+    vector = start + lane // T.vec % (T.lead // T.vec) * T.vec
+    touched = mine & (vector + T.vec > base) & (vector < base + inner)
+    inside = mine & (offsets >= base) & (offsets < base + inner)
+    # The same offsets, but Triton does not see that elements are neighbours. It would give a thread eight
+    # of them, and each of eight requests of 32 threads would touch every sector of the tile.
+    return offsets, inside, touched, start + (lane & (T.lead - 1))
+
+
+@triton.jit
+def counted(begin, end, group, channels, inner, T: tl.constexpr):
+    """How many elements each channel has among the rows or vectors [begin, end), edges included."""
+    if T.window:
+        return position(end, group, channels, inner, T) - position(begin, group, channels, inner, T)
+    elif T.folded:
+        return (end - begin) * inner
+    elif T.rows:
+        return end - begin
+    else:
+        return (end - begin) * T.vec
+
+
+@triton.jit
+def position(i, group, channels, inner, T: tl.constexpr):
+    """How many elements of the channel come before vector ``i``, in a window."""
+    per_segment = vectors(inner, T)
+    segment = i // per_segment
+    vector = i - segment * per_segment
+    base = (segment * channels + group) * inner
+    first = (first_sector(base, T) * (T.lead // T.vec) + vector) * T.vec
+    if T.edges:
+        first = tl.minimum(first, (base + inner) // T.lead * T.lead)
+    before = tl.minimum(tl.maximum(first - base, 0), inner)
+    return segment * inner + tl.where(vector == 0, 0, before)
+
+
+@triton.jit
+def load(pointer, place, STAT: tl.constexpr, KEPT: tl.constexpr = ""):
+    """A tile in the dtype of the statistics, zero where masked. KEPT: an eviction policy of L2."""
+    if len(place) == 2:
+        t = tl.load(pointer + place[0], mask=place[1], other=0.0, eviction_policy=KEPT)
+    else:
+        t = tl.load(pointer + place[0], mask=place[2], other=0.0, eviction_policy=KEPT)
+        t = tl.where(place[1], t, 0.0)
+    return t.to(STAT)
+
+
+@triton.jit
+def store(pointer, place, value):
+    """Store a tile in the tensor's dtype."""
+    value = value.to(pointer.dtype.element_ty)
+    if len(place) == 2:
+        tl.store(pointer + place[0], value, mask=place[1])
+    else:
+        tl.store(pointer + place[3], value, mask=place[1])
+
+
+@triton.jit
+def channel_sum(t, inner, T: tl.constexpr):
+    """Sum a tile over each of its channels. One reduction over both axes: 16 shuffles, not 114."""
+    if T.rows:
+        s = tl.sum(t, 0)
+        if T.folded:
+            s = tl.sum(tl.where(owner(inner, T), s[None, :], 0.0), 1)
+        return s
+    else:
+        return tl.sum(t) + tl.zeros([1], t.dtype)
+
+
+@triton.jit
+def spread(v, inner, T: tl.constexpr):
+    """A per-channel vector, so that it broadcasts over a tile."""
+    if T.folded:
+        v = tl.sum(tl.where(owner(inner, T), v[:, None], 0.0), 0)
+    return v
+
+
+@triton.jit
+def owner(inner, T: tl.constexpr):
+    """Which channel of the group owns which element of a row: [T.channels, T.width]."""
+    return tl.arange(0, T.channels)[:, None] == (tl.arange(0, T.width) // inner)[None, :]

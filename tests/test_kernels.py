@@ -6,10 +6,12 @@ They run on the GPU if there is one, else in Triton's interpreter.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import DEVICE
 from reference import (
     LAYOUTS,
     ODD_LAYOUTS,
@@ -27,7 +29,13 @@ from triton_brn import Ramp, batch_renorm, forced_strategy, planner
 
 launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
 
-STRATEGIES = planner.STRATEGIES
+GPU = launch.device_of(torch.empty(1, device=DEVICE))
+NOT_HERE = {  # strategies, and why this device has none of them
+    **({} if GPU.clusters else {"cluster": "no clusters on this device, or with this Triton"}),
+    **({} if GPU.waits else dict.fromkeys(("cooperative", "blocked"), "programs run one after another")),
+}
+STRATEGIES = [strategy for strategy in planner.STRATEGIES if strategy not in NOT_HERE]
+EVERYWHERE = [strategy for strategy in STRATEGIES if strategy != "cluster"]  # for channels of any size
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = (
     (6, 17),
@@ -92,28 +100,44 @@ def sigma(case: Inputs) -> Tensor:
     return (case.running_var.double() + 1e-5).sqrt()
 
 
-def fits(strategy: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> bool:
-    """Whether a resident program can hold a channel both forward and backward."""
-    rows = layout == "channels_last" or len(shape) == 2
-    if shape[1] == 64 and not rows and dtype != torch.bfloat16:
+@functools.cache
+def serves(strategy: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> bool:
+    """Whether a strategy can hold the channels of such a tensor, forward and backward."""
+    if shape[1] == 64 and layout == "contiguous" and len(shape) > 2 and dtype != torch.bfloat16:
         return False  # 64 programs are slow in the interpreter: once is enough
-    elements = shape[0] * torch.Size(shape[2:]).numel() * (16 if rows else 1)
-    return strategy != "resident" or elements < 16_384 // (2 if dtype == torch.float64 else 1)
+    x = inputs(shape, dtype, layout, device="cpu").x
+    view = planner.view_of(x.shape, x.stride())
+    with forced_strategy(strategy):
+        try:
+            for direction in ("forward", "backward"):
+                planner.plan(direction, view, x.element_size(), GPU)
+        except ValueError:
+            return False
+    return True
+
+
+CASES = [
+    (strategy, shape, layout, dtype)
+    for strategy in STRATEGIES
+    for shape in SHAPES
+    for layout in LAYOUTS[: len(shape) - 1]
+    for dtype in DTYPES
+    if serves(strategy, shape, layout, dtype)
+]
+
+
+@pytest.mark.parametrize("strategy", planner.STRATEGIES)
+def test_strategies_are_tested(strategy: str) -> None:
+    if strategy in NOT_HERE:
+        pytest.skip(f"{strategy}: {NOT_HERE[strategy]}")
+    tested = {(layout, dtype) for name, _, layout, dtype in CASES if name == strategy}
+    layouts = LAYOUTS[:1] if strategy == "cluster" else LAYOUTS  # no clusters for rows
+    assert tested == {(layout, dtype) for layout in layouts for dtype in DTYPES}
 
 
 @pytest.mark.parametrize(
     ("strategy", "shape", "layout", "dtype"),
-    [
-        pytest.param(*case, id="-".join(map(str, case)).replace("torch.", ""))
-        for case in (
-            (strategy, shape, layout, dtype)
-            for strategy in STRATEGIES
-            for shape in SHAPES
-            for layout in LAYOUTS[: len(shape) - 1]
-            for dtype in DTYPES
-        )
-        if fits(*case)
-    ],
+    [pytest.param(*case, id="-".join(map(str, case)).replace("torch.", "")) for case in CASES],
 )
 def test_training(strategy: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype, device) -> None:
     # Of C = 1 only one kind of r and d can be had: one that is clipped on both sides of the run.
@@ -139,14 +163,14 @@ def test_inference(layout: str, dtype: torch.dtype, training_sums: bool, device)
         assert torch.equal(batch_renorm(*case.args), y)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", EVERYWHERE)
 @pytest.mark.parametrize("layout", ODD_LAYOUTS)
 @pytest.mark.parametrize("shape", [(5, 9), (2, 9, 5, 6)])
 def test_odd_strides(strategy: str, layout: str, shape: tuple[int, ...], device) -> None:
     check(inputs(shape, torch.float16, layout, device=device), strategy)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", EVERYWHERE)
 def test_gradient_of_other_strides(strategy: str, device) -> None:
     case = inputs((2, 9, 5, 6), layout="channels_last", device=device)
     case.dy = case.dy.contiguous()
@@ -156,7 +180,7 @@ def test_gradient_of_other_strides(strategy: str, device) -> None:
     check(case, strategy)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", EVERYWHERE)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_without_affine_and_in_half(strategy: str, layout: str, device) -> None:
     check(inputs((2, 9, 5, 6), layout=layout, device=device, affine=False), strategy)
@@ -169,7 +193,7 @@ def test_without_affine_and_in_half(strategy: str, layout: str, device) -> None:
     assert grads[1].dtype == grads[2].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", EVERYWHERE)
 def test_settings(strategy: str, device) -> None:
     ramps = {"r_max": Ramp(1.0, 3.0, begin=4, end=11), "d_max": Ramp(0.0, 5.0, begin=6, end=9)}
     for dtype in (torch.float32, torch.float64):
@@ -193,7 +217,7 @@ def check_step(case: Inputs, strategy: str, step: int, **options) -> None:
     )
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", EVERYWHERE)
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
 def test_some_gradients(strategy: str, wanted: tuple[bool, bool], device) -> None:
     case = inputs((2, 9, 5, 6), device=device)
@@ -205,28 +229,42 @@ def test_some_gradients(strategy: str, wanted: tuple[bool, bool], device) -> Non
     assert_accurate(actual[0], expected[0 if wanted[0] else 1], scale=None if wanted[0] else 200.0)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_launches(layout: str, device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched."""
     names: list[str] = []
-    original = launch.launch
-    monkeypatch.setattr(
-        launch,
-        "launch",
-        lambda kernel, *a, **k: (names.append(kernel.__name__), original(kernel, *a, **k))[1],
-    )
-    for strategy, each in (("resident", 1), ("two_launch", 2)):
-        run(inputs((2, 9, 5, 6), layout=layout, device=device), strategy, training=True)
-        assert names == ["forward_kernel"] * each + ["backward_kernel"] * each
-        names.clear()
-    run(inputs((2, 9, 5, 6), layout=layout, device=device), training=False)
-    assert names == ["inference_kernel", "backward_kernel"]
+    original = launch.Call.launch
+
+    def counting(self, kernel, *args):
+        names.append(kernel.__name__)
+        return original(self, kernel, *args)
+
+    monkeypatch.setattr(launch.Call, "launch", counting)
+    return names
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_launches(layout: str, device, launched: list[str]) -> None:
+    for strategy in EVERYWHERE:
+        each = 2 if strategy == "two_launch" else 1
+        run(inputs((2, 9, 5, 6), layout=layout, device=device), strategy, training=True)
+        assert launched == ["forward_kernel"] * each + ["backward_kernel"] * each
+        launched.clear()
+    run(inputs((2, 9, 5, 6), layout=layout, device=device), training=False)
+    assert launched == ["inference_kernel", "backward_kernel"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", EVERYWHERE)
 def test_int64_offsets(strategy: str, layout: str, device, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = launch.plan
-    monkeypatch.setattr(launch, "plan", lambda *a: dataclasses.replace(original(*a), wide=True))
+    original = planner.plan
+
+    def wide(*args):
+        how = original(*args)
+        return dataclasses.replace(how, tile=how.tile._replace(wide=True))
+
+    monkeypatch.setattr(planner, "plan", wide)
+    monkeypatch.setattr(launch, "_calls", {})
     check(inputs((2, 9, 5, 5), torch.bfloat16, layout, device=device), strategy)
     run(inputs((2, 9, 5, 5), torch.bfloat16, layout, device=device), training=False)
 
@@ -242,15 +280,15 @@ def test_past_2_31_elements(device) -> None:
     x[:, 0] = torch.randn(view.outer, view.inner, device=device)
     expected = (x[:, 0].double() - 0.5) / (4.0 + 1e-5) ** 0.5
     mean, var = torch.full((1,), 0.5, device=device), torch.full((1,), 4.0, device=device)
-    how = planner.plan("inference", view, 2, launch.device_of(x))
-    assert how.wide
+    how = planner.plan("inference", view, 2, GPU)
+    assert how.tile.wide
     arguments = (x, x, (None, None), (mean, var), mean, *view, launch.numbers(1e-5))
-    inference_kernel[(1, 1)](*arguments, SAVE=False, **how.tile, num_warps=how.num_warps)
+    inference_kernel[(1, 1)](*arguments, SAVE=False, T=how.tile, num_warps=how.num_warps)
     assert_accurate(x[:, 0], expected)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_repeatable_and_tickets_at_zero(strategy: str, device) -> None:
+@pytest.mark.parametrize("strategy", EVERYWHERE)
+def test_repeatable(strategy: str, device) -> None:
     results = []
     for _ in range(2):
         case = inputs((64, 3, 9, 9), device=device)
@@ -258,17 +296,42 @@ def test_repeatable_and_tickets_at_zero(strategy: str, device) -> None:
         results.append([y, *grads, case.running_mean, case.running_var])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
-    assert all(not buffer.any() for buffer in launch._tickets.values())
+    assert_nobody_waits()
+
+
+def assert_nobody_waits() -> None:
+    """No arrival is left in any word of the barriers, see kernels/barrier.py."""
+    for (*_, dtype), words in launch._buffers.items():
+        if dtype == torch.int32:
+            assert not (words & 0xFFFF).any()
+
+
+def test_barrier_words_wrap_around(device) -> None:
+    """A word's openings overflow after 2**16 launches; the 2**15th makes it negative."""
+    case = inputs((64, 3, 9, 9), device=device)
+    strategy = "cooperative" if GPU.waits else "two_launch"
+    expected = run(inputs((64, 3, 9, 9), device=device), strategy, training=True)[0]
+    words = [t for (*_, dtype), t in launch._buffers.items() if dtype == torch.int32]
+    for opened in (2**15 - 2, 2**16 - 2):
+        for t in words:
+            t[1:] = (opened << 16) - (2**32 if opened >= 2**15 else 0)  # the first counts the batches' groups
+        for _ in range(2):
+            case = inputs((64, 3, 9, 9), device=device)
+            assert torch.equal(run(case, strategy, training=True)[0], expected)
+    for t in words:
+        t.zero_()
 
 
 def test_forced_strategy_that_cannot_serve(device) -> None:
     case = inputs((1, 3, 256, 256), device=device)
     before = case.running_mean.clone()
-    with pytest.raises(ValueError, match="strategy: 'resident' keeps a channel"):
+    with pytest.raises(ValueError, match=r"strategy: 'resident' cannot run forward on .*registers hold"):
         run(case, "resident", training=True)
+    with pytest.raises(ValueError, match=r"strategy: 'cluster' cannot run forward on .*cluster"):
+        run(inputs((40, 64), device=device), "cluster", training=True)
     assert torch.equal(case.running_mean, before)
     with (
-        pytest.raises(ValueError, match="strategy: expected one of resident, two_launch"),
+        pytest.raises(ValueError, match="strategy: expected one of resident, cluster, cooperative"),
         forced_strategy("fast"),
     ):
         pass

@@ -9,89 +9,187 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from . import planner
+from .devices import INTERPRETED, current_stream, device_of
 from .kernels.backward import backward_kernel
 from .kernels.forward import forward_kernel
 from .kernels.inference import inference_kernel
-from .planner import Device, Plan, View, plan, view_of
+from .planner import View, view_of
 
 _log = logging.getLogger(__name__)
-INTERPRETED = triton.knobs.runtime.interpret
 
 
 def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_max, d_max, average_std):  # type: ignore[no-untyped-def]
     """Algorithm 1 of Ioffe (2017); updates the running statistics. Returns y and saved (5, C)."""
-    x, view = dense(x, "input")
-    how = plan("forward", view, x.element_size(), device_of(x))
+    x, call = prepared("forward", x, running_mean.dtype)
     y = torch.empty_like(x)
-    saved = running_mean.new_empty((5, view.channels))
-    one_launch = how.strategy == "resident"
-    partials = None if one_launch else running_mean.new_empty((how.splits, 4, view.channels))
-    running, workspace = (running_mean, running_var, step), (partials, tickets(x, how.groups))
+    saved = running_mean.new_empty((5, call.view.channels))
+    running = (running_mean, running_var, step)
     settings = numbers((momentum, eps, tuple(r_max), tuple(d_max)))
-    arguments = (x, y, (weight, bias), running, saved, workspace, *view, settings)
-    for statistics, apply in ((True, True),) if one_launch else ((True, False), (False, True)):
-        phases = {"STATISTICS": statistics, "APPLY": apply, "AVERAGE_STD": average_std}
-        launch(forward_kernel, how, x, *arguments, **phases)
+    arguments = (x, y, (weight, bias), running, saved, call.workspace, *call.view, settings)
+    inputs = (x, weight, bias, *running)
+    for statistics, apply in call.phases():
+        flags = (statistics, apply, call.plan.kept, call.plan.split, average_std)
+        if not call.launch(forward_kernel, arguments, flags, inputs):
+            args = (momentum, eps, r_max, d_max, average_std)
+            return forward(x, weight, bias, *running, *args)
     torch.autograd.graph.increment_version([t for t in running if t is not None])  # autograd saw nothing
     return y, saved
 
 
 def inference(x, weight, bias, running_mean, running_var, eps, save):  # type: ignore[no-untyped-def]
     """Normalise with the running statistics. Returns y and, if ``save``, saved (5, C)."""
-    x, view = dense(x, "input")
-    how = plan("inference", view, x.element_size(), device_of(x))
+    x, call = prepared("inference", x, running_mean.dtype)
     y = torch.empty_like(x)
-    saved = running_mean.new_empty((5, view.channels) if save else 0)
-    statistics = (running_mean, running_var)
-    launch(inference_kernel, how, x, x, y, (weight, bias), statistics, saved, *view, numbers(eps), SAVE=save)
+    saved = running_mean.new_empty((5, call.view.channels) if save else 0)
+    running = (running_mean, running_var)
+    arguments = (x, y, (weight, bias), running, saved, *call.view, numbers(eps))
+    call.launch(inference_kernel, arguments, (save,), (x, weight, bias, *running))
     return y, saved
 
 
 def backward(dy, x, weight, saved, training, needs):  # type: ignore[no-untyped-def]
     """Gradients with respect to x, weight and bias; empty tensors where ``needs`` says False."""
-    x, view = dense(x, "input")
+    x, call = prepared("backward" if training else "inference", x, saved.dtype)
     dy = laid_out_as(x, dy)
-    how = plan("backward", view, x.element_size(), device_of(x))
     like = saved if weight is None else weight
+    channels = call.view.channels
     dx = torch.empty_like(x) if needs[0] else None
     wanted = needs[1] or needs[2]
-    grads = (like.new_empty(view.channels), like.new_empty(view.channels)) if wanted else (None, None)
-    sums = training or wanted
-    one_launch = how.strategy == "resident" or not training or dx is None
-    partials = saved.new_empty((how.splits + 1, 2, view.channels)) if sums else None
-    arguments = (x, dy, dx, (weight, None), saved, grads, (partials, tickets(x, how.groups)), *view)
-    for phases in ((sums, dx is not None),) if one_launch else ((True, False), (False, True)):
-        launch(backward_kernel, how, x, *arguments, TRAINING=training, SUMS=phases[0], APPLY=phases[1])
+    grads = (like.new_empty(channels), like.new_empty(channels)) if wanted else (None, None)
+    arguments = (x, dy, dx, weight, saved, grads, call.workspace, *call.view)
+    if dx is None:
+        phases: tuple[tuple[bool, bool], ...] = ((True, False),)
+    else:
+        phases = call.phases() if training else ((wanted, True),)
+    for sums, apply in phases:
+        flags = (training, sums, apply, call.plan.kept, call.plan.split)
+        if not call.launch(backward_kernel, arguments, flags, (x, dy, dx, weight, *grads)):
+            return backward(dy, x, weight, saved, training, needs)
     return x.new_empty(0) if dx is None else dx, *(like.new_empty(0) if g is None else g for g in grads)
 
 
-def launch(kernel: Any, how: Plan, x: Tensor, *arguments: Any, **phases: bool) -> None:
-    """Launch a kernel over the plan's grid, on x's device."""
-    with on_device(x):
-        kernel[(how.groups, how.splits)](
-            *arguments, **phases, **how.tile, num_warps=how.num_warps, enable_fp_fusion=True
-        )
+#: Numbers per channel that a split hands in, and that are published, see the kernels.
+EXCHANGED = {"forward": (3, 2), "backward": (2, 3)}
 
 
-def dense(x: Tensor, name: str) -> tuple[Tensor, View]:
-    """x, or a dense copy of it, and its view."""
-    view = view_of(x.shape, x.stride())
-    if view is None:
-        _log.debug("%s of shape %s, strides %s is not dense: copied", name, tuple(x.shape), x.stride())
-        x = x.clone(memory_format=torch.preserve_format)
+class Call:
+    """All that calls of one kind share: view, plan, workspace, compiled kernels."""
+
+    def __init__(self, direction: str, view: View, x: Tensor, statistics: torch.dtype) -> None:
+        self.direction, self.view, self.index = direction, view, x.device.index or 0
+        self.device = device_of(x)
+        self.plan = planner.plan(direction, view, x.element_size(), self.device)
+        self.allocate(x, statistics)
+
+    def allocate(self, x: Tensor, statistics: torch.dtype) -> None:
+        """What the programs of a launch exchange, see the kernels. Launches on a stream take turns."""
+        self.words = buffer(x, self.plan.groups + 1, torch.int32)
+        self.partials = self.published = None
+        if self.plan.split:
+            partials, published = EXCHANGED["forward" if self.direction == "forward" else "backward"]
+            sizes = (self.plan.splits * partials * self.view.channels, published * self.view.channels)
+            sizes = (-(sizes[0] // -32) * 32, sizes[1])  # both begin at multiples of 128 bytes
+            self.partials, self.published = buffer(x, sum(sizes), statistics)[: sum(sizes)].split(sizes)
+        self.bound: dict[Any, Any] = {}
+
+    @property
+    def workspace(self) -> tuple[Tensor | None, ...]:
+        return self.partials, self.published, self.words
+
+    def phases(self) -> tuple[tuple[bool, bool], ...]:
+        """The launches: whether each makes statistics, or sums, and whether it applies them."""
+        return ((True, False), (False, True)) if self.plan.strategy == "two_launch" else ((True, True),)
+
+    def launch(self, kernel: Any, arguments: tuple[Any, ...], flags: tuple[bool, ...], inputs: Any) -> bool:
+        """Launch over the plan's grid. False, and another plan, if programs that wait would not fit."""
+        x = arguments[0]
+        grid = (self.plan.slots, self.plan.splits, 1)
+        constants = (*flags, self.plan.tile)
+        with on_device(x):
+            if INTERPRETED:
+                kernel[grid](*arguments, *constants)
+                return True
+            key: tuple[Any, ...] = flags
+            addresses = 0
+            for t in inputs:
+                key += (None if t is None else t.dtype,)
+                addresses |= 0 if t is None else t.data_ptr()
+            key += (addresses % 16,)
+            run = self.bound.get(key)
+            if run is None:
+                compiled = kernel.warmup(*arguments, *constants, grid=grid, **self.plan.options(self.device))
+                run = compiled[grid]
+                if self.plan.waits and not self.fits(compiled):
+                    self.retreat(arguments[0], arguments[4].dtype)
+                    return False
+                self.bound[key] = run
+            run(*arguments, *constants, stream=current_stream(self.index))
+        return True
+
+    def fits(self, compiled: Any) -> bool:
+        """Whether all programs of the grid run at the same time, by the registers it was compiled to."""
+        programs = self.device.co_resident(self.plan.num_warps, compiled.n_regs)
+        return self.plan.slots * self.plan.splits <= programs
+
+    def retreat(self, x: Tensor, statistics: torch.dtype) -> None:
+        """Plan anew without programs that wait."""
+        message = f"strategy: {self.plan.strategy!r} cannot run {self.direction} on {self.view} here: its "
+        message += f"{self.plan.slots * self.plan.splits} programs would not run at the same time"
+        if planner.forced():
+            raise ValueError(message)
+        _log.debug(message)
+        self.plan = planner.plan(self.direction, self.view, x.element_size(), self.device, "two_launch")
+        self.allocate(x, statistics)
+
+
+_calls: dict[Any, Call] = {}
+
+
+def prepared(direction: str, x: Tensor, statistics: torch.dtype) -> tuple[Tensor, Call]:
+    """x, or a dense copy of it, and its call."""
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    stream = 0 if INTERPRETED else current_stream(x.device.index or 0)
+    key = (direction, x.shape, x.stride(), x.dtype, x.device, stream, planner.forced())
+    call = None if capturing else _calls.get(key)
+    if call is None:
         view = view_of(x.shape, x.stride())
-        assert view is not None
-    return x, view
+        if view is None:
+            _log.debug("input of shape %s, strides %s is not dense: copied", tuple(x.shape), x.stride())
+            return prepared(direction, x.clone(memory_format=torch.preserve_format), statistics)
+        call = Call(direction, view, x, statistics)
+        if not capturing:  # a graph owns what it was captured with
+            if len(_calls) >= 4096:
+                _calls.clear()
+            _calls[key] = call
+    return x, call
+
+
+_buffers: dict[Any, Tensor] = {}
+
+
+def buffer(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """At least ``size`` zeros, which the kernels leave so where they need them so; one buffer per device,
+    stream and dtype."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        # Zeroed by the graph's replay, not now: not for others.
+        return torch.zeros(size, dtype=dtype, device=x.device)
+    key = (x.device, 0 if INTERPRETED else current_stream(x.device.index or 0), dtype)
+    found = _buffers.get(key)
+    if found is None or found.numel() < size:
+        found = _buffers[key] = torch.zeros(max(size, 4096), dtype=dtype, device=x.device)
+    return found
 
 
 def laid_out_as(x: Tensor, dy: Tensor) -> Tensor:
     """dy, or a copy of it, with the strides of x."""
-    same = all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), dy.stride(), strict=True))
-    if same and dy.dtype == x.dtype:
-        return dy
+    if dy.dtype == x.dtype:
+        if dy.stride() == x.stride():
+            return dy
+        if all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), dy.stride(), strict=True)):
+            return dy
     _log.debug("gradient of strides %s, %s: copied to the input's %s", dy.stride(), dy.dtype, x.stride())
     return torch.empty_like(x).copy_(dy)
 
@@ -105,37 +203,6 @@ def numbers(values: Any) -> Any:
         return (values * float("inf"), 0.0)
     nearest = struct.unpack("f", struct.pack("f", values))[0]
     return (nearest, values - nearest)
-
-
-_tickets: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def tickets(x: Tensor, count: int) -> Tensor:
-    """``count`` int32 zeros, which the kernels leave at zero; one buffer per device and stream."""
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        # A buffer made during capture is zeroed by the graph's replay, not now: not for the cache.
-        return torch.zeros(count, dtype=torch.int32, device=x.device)
-    stream = 0 if INTERPRETED else triton.runtime.driver.active.get_current_stream(x.device.index or 0)
-    key = (x.device, stream)
-    buffer = _tickets.get(key)
-    if buffer is None or buffer.numel() < count:
-        buffer = _tickets[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=x.device)
-    return buffer
-
-
-def device_of(x: Tensor) -> Device:
-    """What the planner knows of x's device."""
-    return _device(x.device.index or 0)
-
-
-@functools.cache
-def _device(index: int) -> Device:
-    if INTERPRETED:
-        return Device("interpreter", sms=2)  # programs run one after another: few are quicker
-    active = triton.runtime.driver.active
-    properties = active.utils.get_device_properties(index)
-    target = active.get_current_target()
-    return Device(f"{target.backend}:{target.arch}", sms=properties["multiprocessor_count"])
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-STRATEGIES = ("resident", "two_launch")
+STRATEGIES = ("resident", "cluster", "cooperative", "blocked", "two_launch")
 
 
 class View(NamedTuple):
@@ -22,53 +22,124 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Device:
-    """What the planner knows of a device."""
+    """What the planner knows of a device. The defaults describe one that offers no more than it must."""
 
     name: str
     sms: int  # multiprocessors
+    capability: int = 0  # CUDA compute capability, 90 for 9.0; 0 elsewhere
+    triton: tuple[int, int] = (3, 6)
+    registers: int = 65_536  # of 32 bits, per multiprocessor
+    warp: int = 32  # threads
+    l2: int = 0  # bytes; 0: not known
+    waits: bool = True  # programs run side by side, and one may wait for another
+
+    @property
+    def clusters(self) -> bool:
+        """Whether programs can share a tile. Triton 3.6 and 3.7 cannot compile their reductions."""
+        return 90 <= self.capability < 120 and self.triton >= (3, 8)
+
+    def co_resident(self, warps: int, registers: int) -> int:
+        """How many programs of so many registers a thread run at the same time; 0 if none may wait."""
+        per_program = warps * self.warp * -(registers // -8) * 8  # they are handed out by eight
+        return self.sms * (self.registers // per_program) if self.waits else 0
+
+
+class Tile(NamedTuple):
+    """What the kernels know of a plan when they are compiled, see kernels/tile.py."""
+
+    rows: bool  # tiles of [rows, channels]; else a tile holds vectors of one channel
+    folded: bool  # rows of whole maps
+    window: bool  # segments do not start at multiples of lead
+    edges: bool  # segments are no whole number of vectors
+    vec: int  # elements per access
+    lead: int  # elements of 32 bytes, what the memory's sectors hold
+    channels: int  # of a group
+    block: int = 0  # rows, or vectors, per tile
+    width: int = 0  # elements of a row, or of a vector, per tile
+    segments: int = 0  # whose edges make a tile
+    grain: int = 1  # splits are multiples of it
+    piece: int = 1  # partials of a group that are merged at a time
+    wide: bool = False  # int64 offsets
+
+    @property
+    def shape(self) -> str:
+        """The shape's name."""
+        if self.rows:
+            return "folded" if self.folded else "rows"
+        return "window" if self.window else "aligned"
+
+    @property
+    def elements(self) -> int:
+        """Of a tile, whether they exist or not."""
+        return self.block * self.width
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to run one direction on one view. The kernels' docstrings say what the fields mean."""
+    """One way to run one direction on one view."""
 
     strategy: str
-    rows: bool  # tiles of [rows, channels]; else a tile holds vectors of one channel
-    window: bool  # segments do not start at multiples of vec
-    vec: int  # elements per access
-    block: int  # rows, or vectors, per tile
-    width: int  # channels, or elements of a vector, per tile
-    wide: bool  # int64 offsets
-    groups: int  # programs along the channels
+    tile: Tile
+    groups: int  # channel groups
+    slots: int  # groups served at a time: programs along the channels
     splits: int  # programs along a channel
     num_warps: int
+    registers: int  # of a thread, at most; on AMD a wish
+    num_ctas: int = 1
+
+    def options(self, device: Device) -> dict[str, int | bool]:
+        """How Triton compiles and launches it."""
+        options = {"num_warps": self.num_warps, "num_ctas": self.num_ctas, "enable_fp_fusion": True}
+        if self.waits:
+            options["launch_cooperative_grid"] = True
+        if device.capability:  # told no number, ptxas spills a few registers to have more programs at a time
+            options["maxnreg"] = self.registers
+        return options
 
     @property
-    def tile(self) -> dict[str, int]:
-        """The kernels' constexprs."""
-        return {
-            "ROWS": self.rows,
-            "WINDOW": self.window,
-            "VEC": self.vec,
-            "BLOCK": self.block,
-            "WIDTH": self.width,
-            "WIDE": self.wide,
-        }
+    def kept(self) -> bool:
+        """Whether a tile stays in registers from the statistics to the end."""
+        return self.strategy in ("resident", "cluster", "cooperative")
+
+    @property
+    def split(self) -> bool:
+        """Whether the programs of a channel exchange partial results."""
+        return self.strategy not in ("resident", "cluster")
+
+    @property
+    def waits(self) -> bool:
+        """Whether programs wait for each other, and so must all run at the same time."""
+        return self.strategy in ("cooperative", "blocked")
 
 
-#: Elements of a resident tile at most. Compiled for sm_90 with 16 warps: forward, 64 elements a thread
-#: take 110 registers where half-precision maps are aligned; rows, windows and float32 spill. Backward
-#: keeps x and dy: 32 elements a thread take 120 registers. float64 takes two registers an element.
-RESIDENT = 16_384
-RESIDENT_FORWARD_HALF_ALIGNED = 32_768
-#: Elements a thread of a resident tile holds before the tile gets more warps.
-PER_THREAD = {"forward": 32, "backward": 16}
-#: Elements of a tile in a loop, and bytes of a thread's part: two 16-byte loads in flight, and two
-#: programs to an SM. With twice that, a window's masks spill scalar registers on AMD, and the
-#: backward's sums spill on sm_80.
-LOOPED, LOOPED_BYTES = 4_096, 32
-#: Programs per multiprocessor that a split launch aims at.
+#: Elements of x that a thread keeps without spilling. Compiled for sm_80 to sm_100 with 4 warps: forward, 64
+#: take 181 to 255 registers; backward, which keeps x and dy, 178 to 255. Half-precision maps, forward, fit
+#: 128 (236 to 255). Where the masks of a window or of folded rows wait too, 64 spill. float64 takes two
+#: registers an element.
+KEEPS, KEEPS_FORWARD_HALF_ALIGNED, KEEPS_MASKED = 64, 128, 32
+#: Elements a thread holds before a kept tile gets more warps: every warp reads its channels' numbers
+#: again, which costs 512x16 rows in bfloat16 13 % of traffic with 8 warps, 7 % with 4.
+PER_THREAD = 64
+MOST_WARPS = 8
+#: Warps of a program that waits, and of one that loops. With the 255 registers that a thread can have, two
+#: of them share a multiprocessor: one computes while one waits.
+WARPS = 4
+KEPT_REGISTERS = 255
+#: Bytes of x, and of dy, that a thread of a looped tile holds: so many that 128 registers are enough, and
+#: four programs share a multiprocessor.
+LOOPED_BYTES = {"aligned": 32, "rows": 32, "folded": 16, "window": 32}
+LOOPED_BYTES_BACKWARD = {"aligned": 32, "rows": 32, "folded": 32, "window": 16}
+LOOPED_REGISTERS, LOOPED_REGISTERS_FOLDED = 128, 168
+#: Elements of a program at least, where larger ones would leave multiprocessors idle: what every warp
+#: reads of its channels' numbers is then below 5 % of a cluster's tile, 10 % of rows.
+SHARED, SHARED_ROWS = 8_192, 6_000
+#: Programs per multiprocessor that a launch aims at where none waits.
 PROGRAMS_PER_SM = 4
+#: Segments whose edges make a tile of a loop.
+EDGES = 16
+#: Elements of a folded row at most. Eight maps of 17x17 would be 2,312 in a row of 4,096, and take ten times
+#: the instructions of a window.
+FOLDED = 1_024
 
 _forced: str | None = None
 
@@ -81,7 +152,7 @@ def forced_strategy(strategy: str) -> Iterator[None]:
     strategy cannot serve raises ValueError and says why.
 
     Args:
-        strategy: ``"resident"`` or ``"two_launch"``.
+        strategy: one of ``"resident"``, ``"cluster"``, ``"cooperative"``, ``"blocked"``, ``"two_launch"``.
     """
     global _forced
     if strategy not in STRATEGIES:
@@ -93,77 +164,231 @@ def forced_strategy(strategy: str) -> Iterator[None]:
         _forced = before
 
 
-def plan(direction: str, view: View, itemsize: int, device: Device) -> Plan:
-    """The plan for ``direction`` ("forward", "backward", "inference"), under ``forced_strategy``.
+def forced() -> str | None:
+    """The strategy of the ``forced_strategy`` block that is open."""
+    return _forced
+
+
+def plan(direction: str, view: View, itemsize: int, device: Device, strategy: str | None = None) -> Plan:
+    """The plan for ``direction`` ("forward", "backward", "inference").
 
     Args:
         direction: what runs; "inference" is the forward with running statistics.
         view: the tensor's sizes, none of them 0.
         itemsize: bytes per element of x.
         device: where it runs.
+        strategy: the one to plan; None: that of ``forced_strategy`` or, outside of one, the best.
 
     Raises:
-        ValueError: the forced strategy cannot serve this view, and why.
+        ValueError: the strategy cannot serve this view, and why.
     """
-    return _plan(direction, view, itemsize, device, _forced if direction != "inference" else "two_launch")
+    if direction == "inference":  # there are no statistics to wait for
+        strategy = "two_launch"
+    return _plan(direction, view, itemsize, device, strategy or forced())
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(direction: str, view: View, itemsize: int, device: Device, forced: str | None) -> Plan:
-    rows, window, vec = addressing(view, itemsize)
-    wide = math.prod(view) >= 2**31 - 2**20  # a tile may reach past the end, by less than 2**20
-    total = view.outer if rows else view.outer * segment_vectors(view, window, vec)
-    width = max(vec, min(32 // itemsize, power_of_two(view.channels))) if rows else vec
+def _plan(direction: str, view: View, itemsize: int, device: Device, strategy: str | None) -> Plan:
+    call = _Call(direction, view, itemsize, device)
+    for name in [strategy] if strategy else STRATEGIES:
+        found = getattr(call, name)(bool(strategy))
+        if isinstance(found, Plan):
+            return found
+    raise ValueError(f"strategy: {strategy!r} cannot run {direction} on {view} on {device.name}: {found}")
 
-    block = power_of_two(total)
-    limit = RESIDENT // (2 if itemsize == 8 else 1)
-    if direction == "forward" and itemsize == 2 and not rows and not window:
-        limit = RESIDENT_FORWARD_HALF_ALIGNED
-    if forced == "resident" and block * width > limit:
-        raise ValueError(
-            f"strategy: 'resident' keeps a channel in one program's registers, {limit:,} elements at most "
-            f"{direction}; {view} takes {block * width:,}"
+
+class _Call:
+    """What is to be planned. Each strategy's method returns a plan, or why there is none."""
+
+    def __init__(self, direction: str, view: View, itemsize: int, device: Device) -> None:
+        self.direction, self.view, self.itemsize, self.device = direction, view, itemsize, device
+        self.tile = addressing(view, itemsize)
+        self.total = length(view, self.tile)
+
+    def resident(self, forced: bool) -> Plan | str:
+        tile = self.kept(power_of_two(self.total))
+        limit = MOST_WARPS * self.keeps(waits=False)
+        if tile.elements > limit:
+            return f"a channel group takes {tile.elements:,} elements, a program's registers hold {limit:,}"
+        n = groups(self.view, tile)
+        large = tile.elements > limit // 2  # alone on a multiprocessor
+        few = n < self.device.sms and tile.elements > SHARED
+        if not forced and (large or few) and isinstance(self.cluster(False), Plan):
+            return "a cluster's programs share multiprocessors, and fill more of them"
+        warps = min(MOST_WARPS, self.warps(tile, waits=False))
+        return Plan("resident", tile, n, n, 1, warps, KEPT_REGISTERS)
+
+    def cluster(self, forced: bool) -> Plan | str:
+        if not self.device.clusters:
+            return "clusters need CUDA's compute capability 9.0 to 11.x and Triton 3.8"
+        if self.tile.rows:
+            return "a cluster splits a channel, and Triton would split the columns of rows"
+        tile = self.kept(power_of_two(self.total))
+        n = groups(self.view, tile)
+        for ctas, warps in ((2, 4), (4, 4), (8, 4), (8, 8), (16, 8)):
+            fits = tile.elements <= ctas * warps * self.keeps(waits=False)
+            idle = n * ctas < self.device.sms and tile.elements >= 2 * ctas * SHARED
+            if fits and not (idle and ctas < 8):
+                if tile.elements < ctas * warps * 32 * tile.vec:
+                    return f"a channel of {tile.elements:,} elements is too small to share"
+                return Plan("cluster", tile, n, n, 1, warps, KEPT_REGISTERS, ctas)
+        limit = 16 * MOST_WARPS * self.keeps(waits=False)
+        return f"a channel takes {tile.elements:,} elements, the registers of 16 programs hold {limit:,}"
+
+    def cooperative(self, forced: bool) -> Plan | str:
+        at_once = self.device.co_resident(WARPS, KEPT_REGISTERS)
+        if not at_once:
+            return "programs cannot wait for each other"
+        width = self.kept(1).width
+        block = min(power_of_two(self.total), WARPS * self.keeps(waits=True) // width)
+        splits = -(-self.total // block)
+        if splits > at_once:
+            return f"a channel group takes {splits:,} programs, {at_once} run at the same time"
+        n = groups(self.view, self.kept(block))
+        most = max(splits, self.total * width // (SHARED_ROWS if self.tile.rows else SHARED))
+        ways = [(slots, min(at_once // slots, most)) for slots in range(1, min(n, at_once // splits) + 1)]
+        # What one program does in all its turns, the least.
+        slots, splits = min(ways, key=lambda way: -(n // -way[0]) * -(self.total // -way[1]))
+        tile = self.kept(min(block, power_of_two(-(self.total // -splits))))
+        splits = whole_splits(self.total, splits, tile.grain)
+        warps = min(WARPS, self.warps(tile, waits=True))
+        return Plan("cooperative", tile, n, slots, splits, warps, KEPT_REGISTERS)
+
+    def blocked(self, forced: bool) -> Plan | str:
+        at_once = self.device.co_resident(WARPS, self.looped_registers)
+        if not at_once:
+            return "programs cannot wait for each other"
+        for row_bytes in (128, 64, 32):
+            tile = self.looped(row_bytes)
+            tensors = 3 if self.direction == "backward" else 2  # between two reads of a tile, at most
+            moved = self.view.outer * self.view.inner * tile.channels * self.itemsize * tensors
+            if moved <= self.device.l2:
+                break
+        else:
+            return f"a channel group moves {moved:,} bytes, L2 holds {self.device.l2:,}"
+        n = groups(self.view, tile)
+        slots = min(n, self.device.l2 // moved, at_once)
+        slots = -(-n // -(-n // slots))
+        splits = whole_splits(self.total, at_once // slots, tile.block)
+        warps = self.warps_for(tile, self.per_thread())
+        return Plan("blocked", tile, n, slots, splits, warps, self.looped_registers)
+
+    def two_launch(self, forced: bool) -> Plan | str:
+        tile = self.looped(128)
+        n = groups(self.view, tile)
+        splits = min(max(1, -(-PROGRAMS_PER_SM * self.device.sms // n)), 65_535)
+        splits = whole_splits(self.total, splits, tile.block)
+        warps = self.warps_for(tile, self.per_thread())
+        return Plan("two_launch", tile, n, n, splits, warps, self.looped_registers)
+
+    @property
+    def looped_registers(self) -> int:
+        """Registers of a thread that loops."""
+        return LOOPED_REGISTERS_FOLDED if self.tile.folded else LOOPED_REGISTERS
+
+    def keeps(self, waits: bool) -> int:
+        """Elements that a warp keeps."""
+        most = KEEPS
+        if self.ragged or (waits and self.tile.folded):
+            most = KEEPS_MASKED
+        elif (
+            self.direction == "forward" and self.itemsize == 2 and self.tile.shape == "aligned" and not waits
+        ):
+            most = KEEPS_FORWARD_HALF_ALIGNED
+        return self.device.warp * (most // 2 if self.itemsize == 8 else most)
+
+    def warps(self, tile: Tile, waits: bool) -> int:
+        """Warps of a kept tile."""
+        return self.warps_for(tile, min(PER_THREAD, self.keeps(waits) // self.device.warp))
+
+    def warps_for(self, tile: Tile, per_thread: int) -> int:
+        """Warps for a tile of which a thread has so many elements."""
+        return min(16, max(1, tile.elements // (self.device.warp * per_thread)))
+
+    def per_thread(self) -> int:
+        """Elements of a looped tile that a thread holds."""
+        table = LOOPED_BYTES_BACKWARD if self.direction == "backward" else LOOPED_BYTES
+        return table[self.tile.shape] // (2 if self.ragged else 1) // self.itemsize
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows are no whole number of 16 bytes: each element then has an address of its own."""
+        return self.tile.shape == "rows" and self.tile.vec * self.itemsize < 16
+
+    def kept(self, block: int) -> Tile:
+        """The tile of ``block`` rows or vectors, kept. Splits begin at multiples of 128 bytes."""
+        tile = self.wide_rows(32)
+        segments = 0
+        if tile.edges:  # of so many vectors, and of those that begin or end between them
+            segments = power_of_two(min(self.view.outer, (block - 1) // vectors(self.view, tile) + 2))
+        grain = 1 if tile.rows else min(8, block)
+        return self.finished(tile._replace(block=block, segments=segments, grain=grain))
+
+    def looped(self, row_bytes: int) -> Tile:
+        """The tile of a loop. Rows of plain channels are so wide."""
+        tile = self.wide_rows(row_bytes)
+        block = min(
+            power_of_two(self.total), max(WARPS * self.device.warp * self.per_thread() // tile.width, 1)
         )
-    if forced != "two_launch" and direction != "inference" and block * width <= limit:
-        warps = warps_for(block * width, PER_THREAD[direction])
-        return Plan("resident", rows, window, vec, block, width, wide, groups(view, rows, width), 1, warps)
+        return self.finished(tile._replace(block=block, segments=EDGES if tile.edges else 0, grain=block))
 
-    if rows:  # wider rows: whole 128-byte lines
-        width = max(vec, min(128 // itemsize, power_of_two(view.channels)))
-    block = min(power_of_two(total), max(LOOPED // width, 1))
-    n = groups(view, rows, width)
-    tiles = -(-total // block)
-    splits = min(tiles, max(1, -(-PROGRAMS_PER_SM * device.sms // n)), 65_535)
-    splits = -(-tiles // -(-tiles // splits))  # no split is empty
-    warps = warps_for(block * width, LOOPED_BYTES // itemsize)
-    return Plan("two_launch", rows, window, vec, block, width, wide, n, splits, warps)
+    def wide_rows(self, row_bytes: int) -> Tile:
+        if not self.tile.rows or self.tile.folded:
+            return self.tile
+        width = max(self.tile.vec, min(row_bytes // self.itemsize, power_of_two(self.view.channels)))
+        return self.tile._replace(width=width, channels=width)
+
+    def finished(self, tile: Tile) -> Tile:
+        # A tile may reach past the end, by less than 2**20 elements.
+        wide = math.prod(self.view) >= 2**31 - 2**20
+        piece = min(256, max(16, tile.elements // 16 // tile.channels))
+        return tile._replace(wide=wide, piece=piece)
 
 
-def addressing(view: View, itemsize: int) -> tuple[bool, bool, int]:
-    """(rows, window, vec) of a view: 16-byte accesses wherever the tensor's size allows them."""
-    most = 16 // itemsize
+def addressing(view: View, itemsize: int) -> Tile:
+    """How a view's elements are reached: 16-byte accesses wherever the tensor's size allows them."""
+    most, lead = 16 // itemsize, 32 // itemsize
     if view.inner == 1:
-        return True, False, math.gcd(view.channels, most)
+        return Tile(True, False, False, False, math.gcd(view.channels, most), lead, 0)
     aligned = math.gcd(view.inner, most)
+    maps = most // aligned  # that begin at a multiple of 16 bytes
+    while maps * view.inner * itemsize < 32:
+        maps *= 2
+    folds = maps > 1 and maps <= view.channels and maps * view.inner <= FOLDED
+    if folds and view.channels * view.inner % most == 0:
+        return Tile(True, True, False, False, most, lead, maps, width=power_of_two(maps * view.inner))
     windowed = math.gcd(math.prod(view), most)  # the last window must not pass the tensor's end
-    if aligned * itemsize >= 8 or aligned == windowed:
-        return False, False, aligned
-    return False, True, windowed
+    if aligned * itemsize >= 8 or aligned == windowed or view.inner < lead:
+        return Tile(False, False, view.inner % lead > 0, False, aligned, lead, 1, width=aligned)
+    return Tile(False, False, True, True, windowed, lead, 1, width=windowed)
 
 
-def segment_vectors(view: View, window: bool, vec: int) -> int:
-    """Vectors that a segment touches, as in kernels/tile.py."""
-    return (view.inner + 2 * vec - 2) // vec if window else view.inner // vec
+def length(view: View, tile: Tile) -> int:
+    """Rows, or vectors, of a channel, as in kernels/tile.py."""
+    if tile.rows:
+        return view.outer
+    return view.outer * vectors(view, tile)
 
 
-def groups(view: View, rows: bool, width: int) -> int:
-    """Programs along the channels."""
-    return -(-view.channels // width) if rows else view.channels
+def vectors(view: View, tile: Tile) -> int:
+    """Vectors that a segment is given, as in kernels/tile.py."""
+    if tile.edges:
+        return view.inner // tile.lead * (tile.lead // tile.vec)
+    if tile.window:
+        return (view.inner + 2 * tile.lead - 2) // tile.lead * (tile.lead // tile.vec)
+    return view.inner // tile.vec
 
 
-def warps_for(elements: int, per_thread: int) -> int:
-    """Warps for a tile of that many elements."""
-    return min(16, max(1, elements // (32 * per_thread)))
+def groups(view: View, tile: Tile) -> int:
+    """Channel groups."""
+    return -(-view.channels // tile.channels)
+
+
+def whole_splits(total: int, splits: int, grain: int) -> int:
+    """At most ``splits``, so many that none is empty when each is a multiple of ``grain``."""
+    per_split = -(total // -splits)
+    per_split = -(per_split // -grain) * grain
+    return -(-total // per_split)
 
 
 def power_of_two(n: int) -> int:

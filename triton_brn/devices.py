@@ -1,0 +1,53 @@
+"""What Triton's driver says of a device. Asked at the first call, never at import."""
+
+from __future__ import annotations
+
+import functools
+
+import triton
+from torch import Tensor
+
+from .planner import Device
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+#: Bytes of L2 by compute capability, the least of the chips that have it; Triton's drivers do not tell.
+L2_BYTES = {
+    80: 40 << 20,
+    86: 4 << 20,
+    89: 32 << 20,
+    90: 50 << 20,
+    100: 126 << 20,
+    103: 126 << 20,
+    120: 32 << 20,
+}
+
+
+def device_of(x: Tensor) -> Device:
+    """What the planner knows of x's device."""
+    return _device(x.device.index or 0)
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    if INTERPRETED:
+        return Device("interpreter", sms=2, waits=False)  # programs run one after another: few are quicker
+    active = triton.runtime.driver.active
+    properties = active.utils.get_device_properties(index)
+    target = active.get_current_target()
+    major, minor = triton.__version__.split(".")[:2]
+    nvidia = target.backend == "cuda"
+    return Device(
+        f"{target.backend}:{target.arch}",
+        sms=properties["multiprocessor_count"],
+        capability=target.arch if nvidia else 0,
+        triton=(int(major), int(minor)),
+        registers=properties["max_num_regs"],
+        warp=target.warp_size,
+        l2=L2_BYTES.get(target.arch, 0),
+    )
+
+
+def current_stream(index: int) -> int:
+    """The handle of the device's current stream."""
+    return triton.runtime.driver.active.get_current_stream(index)
