@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 import torch
 
+from triton_brn._bench_measure import cpu_model
+
 ROWS: list[str] = []
 
 
@@ -34,13 +36,3 @@ def machine() -> str:
         except PackageNotFoundError:
             versions.append(f"no {package}")
     return f"{cpu_model()}, {torch.get_num_threads()} threads; {', '.join(versions)}"
-
-
-def cpu_model() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        from cpuinfo import get_cpu_info  # comes with pytest-benchmark
-
-        return str(get_cpu_info().get("brand_raw") or platform.machine())
-    except ImportError:
-        return platform.processor() or platform.machine()

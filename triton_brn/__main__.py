@@ -1,4 +1,4 @@
-"""The command line: ``python -m triton_brn info | demo``."""
+"""The command line: ``python -m triton_brn info | demo | bench``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from . import benchmark
 from .backend import obstacle, uses_triton
 from .version import __version__
 
@@ -24,7 +25,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     demo.add_argument("--device", default="cpu", help="where to train (default: cpu)")
     demo.add_argument("--out", default=".", help="folder or file of the figure (default: this folder)")
     demo.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
+    benchmark.add_command(commands)
     args = parser.parse_args(argv)
+    if args.command == "bench":
+        return benchmark.command(args, parser.error)
     if args.command == "info":
         print(info())
         return
