@@ -35,4 +35,4 @@ def machine() -> str:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             versions.append(f"no {package}")
-    return f"{cpu_model()}, {torch.get_num_threads()} threads; {', '.join(versions)}"
+    return f"{cpu_model()}, threads: {torch.get_num_threads()}; {', '.join(versions)}"

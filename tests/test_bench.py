@@ -13,7 +13,7 @@ import torch
 from reference import batch_renorm_reference
 from torch import nn
 
-from triton_brn import _bench_measure, _bench_models, _bench_peers, _bench_run, benchmark
+from triton_brn import _bench_measure, _bench_models, _bench_peers, _bench_report, _bench_run, benchmark
 from triton_brn.__main__ import main
 from triton_brn._bench_cases import DIRECTIONS, PRESETS, Case, default_cases, preset_shapes
 from triton_brn._bench_measure import Effort
@@ -80,6 +80,12 @@ def test_quantiles_are_numpys():
     for q in (0.0, 0.2, 0.5, 0.8, 1.0):
         assert _bench_measure.quantile(values, q) == pytest.approx(torch.tensor(values).quantile(q).item())
     assert _bench_measure.quantile([3.0], 0.2) == 3.0
+
+
+def test_numbers_have_three_digits_and_no_exponent():
+    values = (None, 0.0, 0.00402, 0.5, 1.0, 12.345, 99.96, 1234.5)
+    shown = ["-", "0.00", "0.00402", "0.500", "1.00", "12.3", "100.0", "1,234"]
+    assert [_bench_report.number(value) for value in values] == shown
 
 
 def test_rows_are_computed_from_the_times():
@@ -289,6 +295,7 @@ def test_a_missing_package_is_answered_with_the_command_that_installs_it(monkeyp
         (["--shape", "4,five"], "argument --shape: expected"),
         (["--shape", "4,5", "--preset", "odd"], "argument --preset: not allowed with argument --shape"),
         (["--shape", "4,5", "--channels-last"], "argument --channels-last: expected shapes of 4 or 5 sizes"),
+        (["--batch", "4"], "argument --batch: goes with --model or --preset resnet50, inception, odd"),
         (["--preset", "odd", "--batch", "0"], "argument --batch: expected at least 1, got 0"),
         (["--compile-seconds", "-1"], "argument --compile-seconds: expected at least 0, got -1"),
         (["--device", "no"], "argument --device"),

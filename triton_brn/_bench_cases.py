@@ -25,7 +25,8 @@ LAYOUTS = ("contiguous", "channels_last")
 RESNET50 = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
 INCEPTION = ((32, 149), (64, 147), (80, 73), (192, 71), (96, 35), (192, 17), (448, 8), (320, 8))
 ODD = ((32, 149), (96, 35), (192, 17), (512, 7))
-PRESETS = ("default", "resnet50", "inception", "crossq", "3d", "odd")
+ON_IMAGES = {"resnet50": RESNET50, "inception": INCEPTION, "odd": ODD}
+PRESETS = ("default", *ON_IMAGES, "crossq", "3d")
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,7 @@ def preset_shapes(preset: str, batches: tuple[int, ...]) -> list[Shape]:
         return [(512, channels) for channels in (256, 512, 1024, 2048)]
     if preset == "3d":
         return [(2, 32, 96, 96, 96)]
-    layers = {"resnet50": RESNET50, "inception": INCEPTION, "odd": ODD}[preset]
-    return [(n, channels, size, size) for n in batches for channels, size in layers]
+    return [(n, channels, size, size) for n in batches for channels, size in ON_IMAGES[preset]]
 
 
 def default_cases(dtype: str, large: bool, quick: bool) -> list[Case]:

@@ -168,7 +168,7 @@ def launches(call: Call) -> int:
     """Kernels, fills and copies that the device runs for a call."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
     return on_the_device(profiler.events() or ())
@@ -198,7 +198,8 @@ def stamp(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{cpu_model()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"{cpu_model()}, {threads} thread{'s' * (threads > 1)}"
     try:
         import triton
 

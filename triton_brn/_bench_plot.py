@@ -66,7 +66,7 @@ def speedup(rows: Sequence[Row]) -> Figure:
                 values.append(faster)
                 _dot(axis, row, faster, inputs)
         _log_axis(axis, values)
-        axis.set_xlabel("time of the peer / time of triton_brn (1x: equal)", color=INK)
+        axis.set_xlabel("peer / triton_brn (right of 1x: triton_brn is faster)", color=INK)
     _legend(figure, rows, without=OURS)
     return figure
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,8 @@ def number(value: float | None, digits: int = 3) -> str:
     """So many significant digits, no exponent; a dash for None."""
     if value is None:
         return "-"
-    if value == 0:
-        return "0"
-    if abs(value) >= 10 ** (digits - 1):
-        return f"{value:,.0f}"
-    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-    return f"{value:.{max(0, digits - whole)}f}"
+    whole = math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{max(0, digits - 1 - whole)}f}"
 
 
 def by_input(rows: Iterable[Row]) -> dict[tuple[str, str, str, str], dict[str, Row]]:

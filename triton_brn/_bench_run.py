@@ -6,7 +6,7 @@ import functools
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -218,10 +218,11 @@ def measure_cuda(layers: Layers, x: Tensor, dy: Tensor, direction: str, effort: 
         except Exception as error:
             notes[name] = f"no CUDA graph: {short(error)}"
     events, wait = ColdEvents(x.device), torch.cuda.synchronize
+    blocks = replace(effort, most=effort.most // 4)  # of calls
     return Measured(
         times=rounds(calls, events, effort),
         graph=rounds(replays, events, effort),
-        wall=rounds(calls, wall_clock(block_of(calls, wait), wait), effort),
+        wall=rounds(calls, wall_clock(block_of(calls, wait), wait), blocks),
         peak={name: peak_memory(call) for name, call in calls.items()},
         launches={name: launches(call) for name, call in calls.items()},
         notes=notes,

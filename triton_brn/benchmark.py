@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from ._bench_cases import DIRECTIONS, DTYPES, PRESETS, Case, Shape, default_cases, preset_shapes
+from ._bench_cases import DIRECTIONS, DTYPES, ON_IMAGES, PRESETS, Case, Shape, default_cases, preset_shapes
 
 EXTRAS = ("matplotlib", "rich", "tqdm")
 MODELS = ("resnet18", "resnet50")
-COMPILE_SECONDS = 60.0
+COMPILE_SECONDS = 45.0
 
 
 def missing_extras() -> list[str]:
@@ -54,7 +54,12 @@ def add_command(commands: Any) -> None:
     add("--channels-last", action="store_true", help="maps in channels_last")
     add("--direction", choices=DIRECTIONS, nargs="+", help="(default: all; --quick: forward, both)")
     add("--quick", action="store_true", help="two inputs, short, nothing compiled")
-    add("--compile-seconds", type=float, metavar="S", help="for torch.compile at most (default: 60)")
+    add(
+        "--compile-seconds",
+        type=float,
+        metavar="S",
+        help="for torch.compile at most (default: 45; --quick: 0)",
+    )
     add("--device", help="(default: the GPU if there is one, else cpu)")
     add("--out", default="triton_brn_bench", help="folder of tables and figures (default: %(default)s)")
 
@@ -66,6 +71,8 @@ def command(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
     device = _device(args.device, error)
     if args.batch is not None and min(args.batch) < 1:
         error(f"argument --batch: expected at least 1, got {min(args.batch)}")
+    if args.batch and not (args.model or args.preset in ON_IMAGES):
+        error(f"argument --batch: goes with --model or --preset {', '.join(ON_IMAGES)}")
     if args.shape and args.preset:
         error("argument --preset: not allowed with argument --shape")
     if args.compile_seconds is not None and args.compile_seconds < 0:
