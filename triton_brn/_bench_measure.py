@@ -21,7 +21,9 @@ Clock = Callable[[Call], float]  # runs a call and says how many seconds it took
 Times = dict[str, list[float]]  # seconds per call, one of each round, by contestant
 
 COPY_BYTES = 256 << 20  # of each buffer: more than any cache holds
-BLOCK_SECONDS = 2e-3  # a block of calls on the wall clock, at least
+#: A block of calls on the wall clock, at least. A busy machine interrupts blocks of a few ms, and those of
+#: slow contestants more often than those of quick ones.
+BLOCK_SECONDS = 3e-4
 MOST_CALLS = 50
 
 
@@ -31,7 +33,7 @@ class Effort:
 
     seconds: float = 1.5  # after which no further round begins
     least: int = 5  # rounds
-    most: int = 60
+    most: int = 100
 
 
 QUICK = Effort(seconds=0.4, least=3, most=20)

@@ -126,7 +126,8 @@ def show(
         table.add_row(*cells, end_section=place in sections)
     console = Console()
     if not console.is_terminal:  # a file or a pipe has room for all of it
-        console.width = Measurement.get(console, console.options.update(width=1000), table).maximum
+        wide = Measurement.get(console, console.options.update(width=1000), table).maximum
+        console.width = max(wide, *map(len, title.splitlines()))
     console.print(table)
 
 

@@ -49,7 +49,11 @@ def add_command(commands: Any) -> None:
     add(
         "--batch", type=int, nargs="+", help="of the presets resnet50, inception, odd (CPU: 4; else 4 32 256)"
     )
-    add("--model", choices=MODELS, help="a training step of a whole network instead of single layers")
+    add(
+        "--model",
+        choices=MODELS,
+        help="a training step of a whole network instead, images 64x64, on a GPU 224x224",
+    )
     add("--dtype", choices=list(DTYPES), nargs="+", help="(default: fp32 on the CPU, else bf16)")
     add("--channels-last", action="store_true", help="maps in channels_last")
     add("--direction", choices=DIRECTIONS, nargs="+", help="(default: all; --quick: forward, both)")
