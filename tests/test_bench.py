@@ -257,6 +257,13 @@ def test_one_direction_in_channels_last(tmp_path):
     assert {r["dtype"] for r in records} == {"bf16", "fp32"}
 
 
+@pytest.mark.usefixtures("complete", "light")
+def test_an_input_that_nobody_takes_is_reported(tmp_path, capsys):
+    main(["bench", "--quick", "--shape", "1,6", "--direction", "forward", "--out", str(tmp_path)])
+    assert "BatchNorm: failed: ValueError: Expected more than 1 value per channel" in capsys.readouterr().out
+    assert (tmp_path / "layers.csv").is_file()
+
+
 @pytest.mark.usefixtures("complete")
 def test_whole_models(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(_bench_models.DEPTHS, "resnet18", ((1,), False))

@@ -106,7 +106,7 @@ def wall_clock(calls: int = 1, wait: Call = lambda: None) -> Clock:
 def block_of(calls: Mapping[str, Call], wait: Call = lambda: None) -> int:
     """Calls in a block, so that the quickest contestant's is long enough for the clock."""
     clock = wall_clock(1, wait)
-    quickest = min(clock(call) for call in calls.values())
+    quickest = min((clock(call) for call in calls.values()), default=BLOCK_SECONDS)
     return max(1, min(MOST_CALLS, int(BLOCK_SECONDS / max(quickest, 1e-9))))
 
 
@@ -167,7 +167,7 @@ def peak_memory(call: Call) -> float:
 
 
 def launches(call: Call) -> int:
-    """Kernels, fills and copies that the device runs for a call."""
+    """Kernels, fills and copies that the device runs for a call; 0 where the profiler may not look."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:

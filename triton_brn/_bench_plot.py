@@ -40,9 +40,11 @@ SPREAD = 0.055  # of an input's place, from one contestant to the next
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Save speedup.png, bandwidth.png and scaling.png; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Save speedup.png, bandwidth.png and scaling.png; returns their paths, none if nothing was measured."""
     measured = [row for row in rows if row.ms is not None]
+    if not measured:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
     figures = {"speedup": speedup, "bandwidth": bandwidth, "scaling": scaling}
     paths = []
     for name, figure_of in figures.items():

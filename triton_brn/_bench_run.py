@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
@@ -142,7 +142,7 @@ def contestants(
         if not why_not:
             try:
                 layer = peer.make(case.shape, x.device, x.dtype)
-                with compiling.counted() if peer.compiled else no_matter():
+                with compiling.counted() if peer.compiled else nullcontext():
                     for direction in directions:
                         call_of(layer, x, dy, direction)()
                 found[peer.name] = (peer, layer)
@@ -151,12 +151,6 @@ def contestants(
         if why_not:
             notes[peer.name] = why_not
     return found, notes
-
-
-@contextmanager
-def no_matter() -> Iterator[None]:
-    """Not counted."""
-    yield
 
 
 def short(error: Exception) -> str:
@@ -175,6 +169,7 @@ def measure(
 ) -> list[Row]:
     """All contestants on one input."""
     x, dy = tensors = case.tensors(device)
+    measure_how = measure_cuda if device.type == "cuda" else measure_cpu
     rows = []
     if compiling.seconds:
         torch._dynamo.reset()  # what was compiled for another input only lengthens its search
@@ -183,7 +178,7 @@ def measure(
         layers, notes = contestants(case, tensors, directions, compiling)
         for direction in directions:
             bar.set_postfix_str(f"{case}: {direction}")
-            measured = _measure_on(device)(layers, x, dy, direction, effort)
+            measured = measure_how(layers, x, dy, direction, effort)
             measured.notes = {**notes, **measured.notes}
             strategy = strategy_of(x, direction)
             rows += rows_of(case, direction, strategy, measured, copy_bandwidth(device), stamp(device))
@@ -191,25 +186,35 @@ def measure(
     return rows
 
 
-def _measure_on(device: torch.device) -> Any:
-    return measure_cuda if device.type == "cuda" else measure_cpu
-
-
 Layers = dict[str, tuple[Peer, nn.Module]]
+
+
+def ready(layers: Layers, x: Tensor, dy: Tensor, direction: str) -> tuple[dict[str, Call], dict[str, str]]:
+    """One call of each that has run, and why others have not: together they hold more memory than alone."""
+    calls: dict[str, Call] = {}
+    notes: dict[str, str] = {}
+    for name, (_, layer) in layers.items():
+        try:
+            call = call_of(layer, x, dy, direction)
+            call()
+            calls[name] = call
+        except Exception as error:
+            notes[name] = short(error)
+    return calls, notes
 
 
 def measure_cpu(layers: Layers, x: Tensor, dy: Tensor, direction: str, effort: Effort) -> Measured:
     """Wall clock, in blocks of calls."""
-    calls = {name: call_of(layer, x, dy, direction) for name, (_, layer) in layers.items()}
-    return Measured(times=rounds(calls, wall_clock(block_of(calls)), effort))
+    calls, notes = ready(layers, x, dy, direction)
+    return Measured(times=rounds(calls, wall_clock(block_of(calls)), effort), notes=notes)
 
 
 def measure_cuda(layers: Layers, x: Tensor, dy: Tensor, direction: str, effort: Effort) -> Measured:
     """Device events and graph replays with a cold L2; wall clock of calls back to back; memory; launches."""
-    calls = {name: call_of(layer, x, dy, direction) for name, (_, layer) in layers.items()}
+    calls, notes = ready(layers, x, dy, direction)
     replays: dict[str, Call] = {}
-    notes = {}
-    for name, (peer, layer) in layers.items():
+    for name in calls:
+        peer, layer = layers[name]
         if peer.waits_for_host:
             notes[name] = "no CUDA graph: it waits for the device"
             continue
@@ -224,7 +229,7 @@ def measure_cuda(layers: Layers, x: Tensor, dy: Tensor, direction: str, effort: 
         graph=rounds(replays, events, effort),
         wall=rounds(calls, wall_clock(block_of(calls, wait), wait), blocks),
         peak={name: peak_memory(call) for name, call in calls.items()},
-        launches={name: launches(call) for name, call in calls.items()},
+        launches={name: count for name, call in calls.items() if (count := launches(call))},
         notes=notes,
     )
 

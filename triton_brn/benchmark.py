@@ -187,10 +187,15 @@ def run_bench(
     with _current(device), tqdm(total=len(cases) * len(directions), unit="direction", smoothing=0.1) as bar:
         bar.set_postfix_str("copy bandwidth")
         copy_bandwidth(device)
-        for case in cases:
-            rows += measure(case, directions, device, effort, bar, compiling)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+        try:
+            for case in cases:
+                rows += measure(case, directions, device, effort, bar, compiling)
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            bar.write("Interrupted: what was measured follows.")
     print_tables(rows)
     paths = [*write(rows, Path(out), "layers"), *plot.draw(rows, Path(out))]
     print(
