@@ -206,7 +206,7 @@ def count_batch(running, word, groups):
     counter = running[2]
     if counter is not None:  # noqa: SIM102 (a constexpr and a run-time condition)
         if arrive(word) == groups - 1:
-            tl.atomic_add(counter, 1, sem="relaxed")  # once in a cluster, of which each program loads and stores
+            tl.atomic_add(counter, 1, sem="relaxed")  # of a cluster, one program does it
             tl.store(word, 0)
 
 

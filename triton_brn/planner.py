@@ -192,10 +192,21 @@ def plan(direction: str, view: View, itemsize: int, device: Device, strategy: st
 def _plan(direction: str, view: View, itemsize: int, device: Device, strategy: str | None) -> Plan:
     call = _Call(direction, view, itemsize, device)
     for name in [strategy] if strategy else STRATEGIES:
-        found = getattr(call, name)(bool(strategy))
+        found = lacks(name, device) or getattr(call, name)(bool(strategy))
         if isinstance(found, Plan):
             return found
     raise ValueError(f"strategy: {strategy!r} cannot run {direction} on {view} on {device.name}: {found}")
+
+
+def lacks(strategy: str, device: Device) -> str:
+    """Why a device has none of this strategy, whatever the sizes; empty where it has it."""
+    if strategy == "cluster" and not device.clusters:
+        return "clusters need CUDA's compute capability 9.0 to 11.x and Triton 3.8"
+    if strategy in ("cooperative", "blocked") and not device.waits:
+        return "programs cannot wait for each other"
+    if strategy == "blocked" and not device.l2:
+        return "the size of L2 is not known"
+    return ""
 
 
 class _Call:
@@ -214,14 +225,12 @@ class _Call:
         n = groups(self.view, tile)
         large = tile.elements > limit // 2  # alone on a multiprocessor
         few = n < self.device.sms and tile.elements > SHARED
-        if not forced and (large or few) and isinstance(self.cluster(False), Plan):
+        if not forced and (large or few) and self.device.clusters and isinstance(self.cluster(False), Plan):
             return "a cluster's programs share multiprocessors, and fill more of them"
         warps = min(MOST_WARPS, self.warps(tile, waits=False))
         return Plan("resident", tile, n, n, 1, warps, KEPT_REGISTERS)
 
     def cluster(self, forced: bool) -> Plan | str:
-        if not self.device.clusters:
-            return "clusters need CUDA's compute capability 9.0 to 11.x and Triton 3.8"
         if self.tile.rows:
             return "a cluster splits a channel, and Triton would split the columns of rows"
         tile = self.kept(power_of_two(self.total))
@@ -238,8 +247,6 @@ class _Call:
 
     def cooperative(self, forced: bool) -> Plan | str:
         at_once = self.device.co_resident(WARPS, KEPT_REGISTERS)
-        if not at_once:
-            return "programs cannot wait for each other"
         width = self.kept(1).width
         block = min(power_of_two(self.total), WARPS * self.keeps(waits=True) // width)
         splits = -(-self.total // block)
@@ -264,8 +271,6 @@ class _Call:
 
     def blocked(self, forced: bool) -> Plan | str:
         at_once = self.device.co_resident(WARPS, self.looped_registers)
-        if not at_once:
-            return "programs cannot wait for each other"
         tensors = 3 if self.direction == "backward" else 2
         for row_bytes in (128, 64, 32):
             tile = self.looped(row_bytes)
