@@ -37,6 +37,8 @@ SHAPES = (
 #: numbers and, in windows, the sectors that a map shares with its neighbours come on top.
 SECTORS = {"aligned": 1.05, "rows": 1.10, "folded": 1.10, "window": 1.15}
 DRAM = 1.05
+#: Where x and dy of a group fit in L2, but not dx beside them: (2, 32, 64, 64, 64) on sm_80.
+DRAM_MORE = 1.15
 #: Requests for maps of no whole number of sectors, over those for the next size that is one.
 REQUESTS = 1.3
 CASES = [
@@ -66,6 +68,11 @@ def moved(stats: Any) -> int:
     return 32 * (stats.sectors_read + stats.sectors_written)
 
 
+def overflows_l2(x: torch.Tensor, tensors: int) -> bool:
+    """Whether L2 cannot hold all tensors of a group of 32 bytes of channels_last."""
+    return x.numel() // x.shape[1] * 32 * tensors > launch.device_of(x).l2
+
+
 @pytest.mark.parametrize(("shape", "layout", "dtype"), CASES)
 def test_one_launch_moves_each_tensor_once(
     shape: tuple[int, ...], layout: str, dtype: torch.dtype, device, launches: list[Any]
@@ -77,13 +84,15 @@ def test_one_launch_moves_each_tensor_once(
         how = plan_of(direction, case.x)
         tensors = 2 if direction == "forward" else 3
         ideal = tensors * case.x.numel() * case.x.element_size()
+        sectors, dram = moved(stats) / ideal, (stats.dram_bytes_read + stats.dram_bytes_written) / ideal
+        print(
+            f"{direction:9}{how.strategy:12}{how.tile.shape:8} L2 {sectors:.3f} DRAM {dram:.3f} {stats.grid}"
+        )
         assert stats.spills == 0
         assert stats.inactive_shfl_reads == 0
-        assert stats.dram_bytes_read + stats.dram_bytes_written <= DRAM * ideal
-        if how.kept:
-            assert moved(stats) <= SECTORS[how.tile.shape] * ideal
-        else:  # the second pass finds in L2 what the first has read
-            assert moved(stats) <= (SECTORS[how.tile.shape] + (tensors - 1) / tensors) * ideal
+        again = 0 if how.kept else (tensors - 1) / tensors  # in L2 the second pass finds what the first read
+        assert sectors <= SECTORS[how.tile.shape] + again
+        assert dram <= (DRAM_MORE if how.strategy == "blocked" and overflows_l2(case.x, tensors) else DRAM)
         sms = launch.device_of(case.x).sms
         if case.x.numel() >= 2 * sms * 32_768:
             assert stats.ctas >= 2 * sms, "two programs a multiprocessor"
