@@ -89,7 +89,7 @@ def merge_partials(
 ):
     """The moments of all splits, always merged in the same order: results are repeatable."""
     n = tl.zeros([1], STAT)
-    mean = tl.zeros([T.channels], STAT)
+    mean = tl.full([T.channels], 0.0, STAT)
     rest, m2 = mean, mean
     for first in range(0, splits, T.piece):
         split = first + tl.arange(0, T.piece)[:, None]
