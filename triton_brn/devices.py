@@ -25,11 +25,12 @@ L2_BYTES = {
 
 def device_of(x: Tensor) -> Device:
     """What the planner knows of x's device."""
-    return _device(x.device.index or 0)
+    return device_at(x.device.index or 0)
 
 
 @functools.cache
-def _device(index: int) -> Device:
+def device_at(index: int) -> Device:
+    """What the planner knows of the device of this index."""
     if INTERPRETED:
         return Device("interpreter", sms=2, waits=False)  # programs run one after another: few are quicker
     active = triton.runtime.driver.active
