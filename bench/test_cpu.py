@@ -1,7 +1,7 @@
 """A training step (forward + backward) on the CPU: BatchRenorm, torch's BatchNorm, torchrl's BatchRenorm1d.
 
 The layers take turns in short blocks of calls, each round in another order, so that whatever else
-the machine does meets all of them alike. A ratio is the median over rounds.
+the machine does, or one leaves to the next, meets all of them alike. A ratio is the median over rounds.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+from collections import Counter
 from contextlib import nullcontext
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -56,7 +58,18 @@ class Clock:
         return call() * 1e-3 * len(self.order)  # the machine slows down: ratios in a round must be taken
 
 
-def test_contestants_take_turns_and_each_begins_once():
+@pytest.mark.parametrize(("n", "number"), [(1, 1), (2, 2), (3, 6), (7, 14), (8, 8)])
+def test_contestants_take_turns_so_that_each_follows_each_equally_often(n, number):
+    names = list("abcdefgh"[:n])
+    orders = [_bench_measure.order(names, k) for k in range(number)]
+    assert all(sorted(turns) == names for turns in orders)
+    before = Counter(pair for turns in orders for pair in pairwise(turns))
+    assert len(before) == n * (n - 1)
+    assert len(set(before.values())) <= 1
+    assert {turns[0] for turns in orders} == set(names)
+
+
+def test_a_round_times_each_contestant_once():
     clock, calls = Clock(), {"a": lambda: 1.0, "b": lambda: 2.0, "c": lambda: 4.0}
     times = _bench_measure.rounds(calls, clock, SHORT)
     assert clock.order == [1, 2, 4, 2, 4, 1, 4, 1, 2]

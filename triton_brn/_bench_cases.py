@@ -62,7 +62,9 @@ class Case:
         generator = torch.Generator().manual_seed(math.prod(self.shape))
         channels = (1, self.shape[1], *(1,) * (len(self.shape) - 2))
         x = torch.randn(self.shape, generator=generator)
-        x = x * torch.rand(channels, generator=generator).mul_(4) + torch.randn(channels, generator=generator)
+        x = x * torch.rand(channels, generator=generator).mul_(3.5).add_(0.5) + torch.randn(
+            channels, generator=generator
+        )
         made = []
         for t in (x, torch.randn(self.shape, generator=generator)):
             t = t.to(device, DTYPES[self.dtype])
