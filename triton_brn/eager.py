@@ -44,8 +44,6 @@ def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_m
         scale, shift = r, d if bias is None else d + bias
     else:
         scale, shift = weight * r, weight * d if bias is None else torch.addcmul(bias, weight, d)
-    y = like(normalised(dense, at, var, std, scale, shift, eps), x)
-
     alpha = momentum if momentum >= 0 else 1 / (batches + 1)
     if average_std:  # (sigma + alpha (sigma_B - sigma))^2 - eps
         sigma = running_std.lerp_(std, alpha)
@@ -56,7 +54,9 @@ def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_m
     update(running_mean, running_var, mean, new_var, alpha)
     if step is not None:
         step += 1
-    return y, torch.stack((mean, rest, std.reciprocal_(), r, d))
+    saved = torch.stack((mean, rest, std.reciprocal(), r, d))
+    # Last: the passes over x put the code of the many operations on C numbers out of the caches.
+    return like(normalised(dense, at, var, std, scale, shift, eps), x), saved
 
 
 def inference(x, weight, bias, running_mean, running_var, eps, save):  # type: ignore[no-untyped-def]
