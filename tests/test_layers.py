@@ -415,6 +415,19 @@ def test_autograd_knows_that_the_buffers_change(with_grad: bool, backend: str, d
     assert all(b._version > v for b, v in zip(layer.buffers(), versions, strict=True))
 
 
+@pytest.mark.parametrize("average", ["std", "var"])
+def test_a_variance_beyond_float32_leaves_its_channels_statistics(average: str, eager: None, device) -> None:
+    """As a NaN or inf does, though each value is finite."""
+    layer = BatchRenorm1d(3, running_average=average).to(device)
+    x = torch.randn(8, 3, device=device)
+    x[0, 1] = 1e30
+    layer(x)
+    assert layer.running_mean[1] == 0
+    assert layer.running_var[1] == 1
+    assert (layer.running_mean[::2] != 0).all()
+    assert (layer.running_var[::2] != 1).all()
+
+
 def test_two_forwards_then_backward(backend: str, device) -> None:
     """What is saved for the backward is not the running statistics: they may change in between."""
     layer = BatchRenorm1d(3, r_max=3.0, d_max=5.0).to(device)
