@@ -129,7 +129,10 @@ def tuned(direction: str, size: Size, deadline: float) -> Tuned:
     entry = tuning_table.look_up(name, key)
     news = entry is None or not entry.finished
     if entry is None or news:
-        entry = searched(direction, size.shape, size.stride, size.dtype, size.device, deadline)
+        found = searched(direction, size.shape, size.stride, size.dtype, size.device, deadline)
+        if entry is not None and not found.finished:
+            found = min(entry, found, key=lambda e: e.us / e.default_us)
+        entry = found
         tuning_table.save(name, {key: entry})
         launch.forget_calls()
     strategy = "default" if entry.choice is None else entry.choice.strategy

@@ -78,13 +78,15 @@ def look_up(device: str, wanted: str) -> Entry | None:
     return None
 
 
-def read(device: str, path: Path) -> dict[str, Entry]:
+def read(device: str, path: Path, warn: bool = True) -> dict[str, Entry]:
     """The entries of a file; none, and a warning, if it cannot be trusted."""
     try:
         return entries_of(contents(path), device)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
+        if not warn:
+            return {}
         message = f"tuning table {path} is ignored: {error}. `python -m triton_brn tune` replaces it"
         warnings.warn(message, stacklevel=2)
         return {}
@@ -161,9 +163,8 @@ def save(device: str, found: dict[str, Entry]) -> Path:
 
     path = path_of(device, directory())
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock", timeout=LOCK_SECONDS), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a table that is replaced: look_up has warned
-        entries = read(device, path) | found
+    with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
+        entries = read(device, path, warn=False) | found  # look_up has warned of a table that is replaced
         write(path, {**stamps(device), "entries": {name: as_json(entries[name]) for name in sorted(entries)}})
     with _reading:
         _tables[device, path.parent] = entries
@@ -173,7 +174,7 @@ def save(device: str, found: dict[str, Entry]) -> Path:
 def as_json(entry: Entry) -> dict[str, Any]:
     """An entry as a table has it."""
     choice = {"strategy": "default"} if entry.choice is None else dataclasses.asdict(entry.choice)
-    times = {"us": round(entry.us, 3), "default_us": round(entry.default_us, 3)}
+    times = {"us": entry.us, "default_us": entry.default_us}
     return {**choice, **times, "finished": entry.finished}
 
 
