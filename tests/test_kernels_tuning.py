@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,14 @@ def test_the_command(capsys: pytest.CaptureFixture[str], faked: list) -> None:
     assert "expected sizes like 32,64,56,56" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="budget: expected more"):
         main(["tune", "--budget", "0"])
+
+
+def test_a_missing_progress_bar_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton_brn.__main__ import main
+
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(SystemExit, match=r"pip install 'triton_brn\[tune\]'"):
+        main(["tune", "--shape", "4,3", "--device", str(DEVICE)])
 
 
 DEVICES = (
