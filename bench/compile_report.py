@@ -44,7 +44,7 @@ VIEWS = (
     View(4, 64, 3136),
     View(32, 512, 784),
     View(2, 32, 262_144),
-    View(8, 32, 2_097_152),
+    View(64, 32, 2_097_152),
     View(32, 1024, 196),  # folded, in float32 a window without edges
     View(256, 1024, 196),
     View(32, 2048, 49),

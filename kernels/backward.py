@@ -80,15 +80,15 @@ def backward_kernel(
         if SUMS:
             if KEEP:
                 place = locate(begin, end, group, channels, inner, T)
-                g = load(dy, place, STAT)
-                t = load(x, place, STAT)
+                g = load(dy, place, STAT, "")
+                t = load(x, place, STAT, "")
                 sum_g = channel_sum(g, inner, T)
                 sum_gx = channel_sum(g * (t - mean), inner, T)
                 if T.edges:
                     first, _ = edge_segments(begin, end, inner, T)
                     e_place = edges(first, begin, end, group, channels, inner, T)
-                    e_g = load(dy, e_place, STAT)
-                    e_t = load(x, e_place, STAT)
+                    e_g = load(dy, e_place, STAT, "")
+                    e_t = load(x, e_place, STAT, "")
                     sum_g += channel_sum(e_g, inner, T)
                     sum_gx += channel_sum(e_g * (e_t - mean), inner, T)
             else:
@@ -153,7 +153,7 @@ def sums_of_split(
     """sum(dy) and sum(dy * (x - mean)) of the rows or vectors [begin, end) of a group. Of inference, dx
     needs neither, and is stored in passing."""
     KEPT: tl.constexpr = "evict_last" if TRAINING and APPLY else ""
-    tile_g = tl.zeros([T.block, T.width], STAT)
+    tile_g = tl.full([T.block, T.width], 0.0, STAT)
     tile_gx = tile_g
     for start in range(begin, end, T.block):
         place = locate(start, end, group, channels, inner, T)

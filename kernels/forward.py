@@ -99,12 +99,12 @@ def forward_kernel(
                 if SPLIT:
                     n = tl.maximum(counted(begin, end, group, channels, inner, T), 1).to(STAT)
                 place = locate(begin, end, group, channels, inner, T)
-                t = load(x, place, STAT)
+                t = load(x, place, STAT, "")
                 e, e_place = t, place
                 if T.edges:
                     first, _ = edge_segments(begin, end, inner, T)
                     e_place = edges(first, begin, end, group, channels, inner, T)
-                    e = load(x, e_place, STAT)
+                    e = load(x, e_place, STAT, "")
                 mean, rest, m2 = moments_of_both(t, place[1], e, e_place[1], n, inner, T.edges, T)
             else:
                 KEPT: tl.constexpr = "evict_last" if APPLY else ""

@@ -237,7 +237,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], faked: list) -> None:
     assert capsys.readouterr().out.count("in the table already") == 6
     with pytest.raises(SystemExit):
         main(["tune", "--shape", "4,x"])
-    assert "expected sizes like 32,64,56,56" in capsys.readouterr().err
+    assert "--shape" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="budget: expected more"):
         main(["tune", "--budget", "0"])
 

@@ -4,57 +4,127 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
 from triton_brn import planner
-from triton_brn.planner import Device, View, plan, view_of
+from triton_brn.planner import Device, Plan, View, plan, view_of
 
-H100 = Device("cuda:90", sms=132)
+H100 = Device("cuda:90", sms=132, capability=90, triton=(3, 9), l2=50 << 20)
+A100 = Device("cuda:80", sms=108, capability=80, triton=(3, 9), l2=40 << 20)
+MI300 = Device("hip:gfx942", sms=304, triton=(3, 9), warp=64)
+SMALL = Device("other", sms=20, waits=False)
 VIEWS = [
     View(*v) for v in itertools.product((1, 2, 7, 32, 512, 100_000), (1, 3, 64, 2048), (1, 4, 49, 196, 3136))
 ]
+DEVICES = (H100, A100, MI300, SMALL)
+
+
+def plans(direction: str, view: View, itemsize: int, device: Device) -> Iterator[Plan]:
+    """Every strategy's plan, and the one that is chosen."""
+    yield plan(direction, view, itemsize, device)
+    for strategy in planner.STRATEGIES:
+        with suppress(ValueError):
+            yield plan(direction, view, itemsize, device, strategy)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "inference"])
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
-def test_plans_cover_the_tensor(direction: str, itemsize: int) -> None:
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+def test_plans_cover_the_tensor(direction: str, itemsize: int, device: Device) -> None:
     for view in VIEWS:
-        how = plan(direction, view, itemsize, H100)
-        total = view.outer if how.rows else view.outer * planner.segment_vectors(view, how.window, how.vec)
-        blocks = -(-total // how.block)
-        per_split = -(-blocks // how.splits)
-        assert (how.splits - 1) * per_split < blocks <= how.splits * per_split, "a split is empty"
-        assert how.groups * (how.width if how.rows else 1) >= view.channels
-        assert how.strategy == "two_launch" or blocks == how.splits == 1
-        assert how.splits <= 65_535, "the limit of CUDA's second grid axis"
-        assert how.wide == (math.prod(view) >= 2**31 - 2**20)
-        for power in (how.vec, how.block, how.width, how.num_warps):
-            assert power & (power - 1) == 0, f"{power} is not a power of two"
-        assert how.width % how.vec == 0
-        assert how.block * how.width <= 2**15
-        assert how.num_warps <= 16
+        for how in plans(direction, view, itemsize, device):
+            tile, total = how.tile, planner.length(view, how.tile)
+            per_split = math.ceil(math.ceil(total / how.splits) / tile.grain) * tile.grain
+            assert (how.splits - 1) * per_split < total <= how.splits * per_split, "a split is empty"
+            assert not how.kept or per_split <= tile.block, "what is kept is one tile"
+            assert how.splits == 1 or how.split
+            assert (how.groups - 1) * tile.channels < view.channels <= how.groups * tile.channels
+            assert how.slots <= how.groups
+            assert how.splits <= 65_535, "the limit of CUDA's second grid axis, and of kernels/barrier.py"
+            assert tile.wide == (math.prod(view) >= 2**31 - 2**20)
+            sizes = [tile.vec, tile.block, tile.width, tile.channels, tile.piece, how.num_warps, how.num_ctas]
+            for size in sizes + [tile.segments] * tile.edges:
+                assert size & (size - 1) == 0, f"{size} is not a power of two"
+            assert tile.width % tile.vec == 0
+            assert how.num_warps <= 16
+            if how.waits:
+                assert how.slots * how.splits <= device.co_resident(how.num_warps, how.registers)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("device", [H100, A100], ids=lambda device: device.name)
+def test_large_tensors_fill_the_device(direction: str, itemsize: int, device: Device) -> None:
+    """Two programs a multiprocessor, where each has 32k elements.
+
+    A seventh less where whole rows or the traffic of small tiles allow no finer split: 192 of 216 for
+    (512, 2048, 7, 7), 220 of 264 for (100_000, 64, 2, 2).
+    """
+    for view in VIEWS:
+        how = plan(direction, view, itemsize, device)
+        if math.prod(view) >= 2 * device.sms * 32_768:
+            assert how.slots * how.splits * how.num_ctas >= 2 * device.sms * 5 / 6, (view, how)
+
+
+def test_strategies() -> None:
+    for view, itemsize, expected in (
+        (View(512, 2048, 1), 2, ("resident", "resident")),
+        (View(32, 64, 3136), 2, ("cluster", "cooperative")),
+        (View(100_352, 64, 1), 2, ("cooperative", "cooperative")),
+        (View(524_288, 32, 1), 2, ("blocked", "blocked")),
+        (View(64, 32, 2_097_152), 2, ("two_launch", "two_launch")),
+    ):
+        for direction in ("forward", "backward"):
+            found = tuple(plan(direction, view, itemsize, device).strategy for device in (H100, A100))
+            assert found == expected, view
+            assert plan(direction, view, itemsize, SMALL).strategy in ("resident", "two_launch")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "view", "device", "why"),
+    [
+        ("resident", View(4, 2, 100_000), H100, "registers hold"),
+        ("cluster", View(32, 64, 3136), A100, "compute capability 9.0"),
+        ("cluster", View(32, 64, 3136), replace(H100, triton=(3, 7)), "Triton 3.8"),
+        ("cluster", View(512, 64, 1), H100, "columns of rows"),
+        ("cluster", View(2, 64, 64), H100, "too small to share"),
+        ("cluster", View(64, 64, 100_352), H100, "16 programs hold"),
+        ("cooperative", View(32, 64, 3136), SMALL, "cannot wait"),
+        ("cooperative", View(8, 32, 2_097_152), H100, "run at the same time"),
+        ("blocked", View(32, 64, 3136), SMALL, "cannot wait"),
+        ("blocked", View(64, 32, 2_097_152), H100, "L2 holds"),
+    ],
+)
+def test_strategies_say_why_not(strategy: str, view: View, device: Device, why: str) -> None:
+    with pytest.raises(ValueError, match=f"strategy: '{strategy}' cannot run forward on .*{why}"):
+        plan("forward", view, 2, device, strategy)
 
 
 def test_accesses_are_16_bytes_where_alignment_allows() -> None:
-    for inner, itemsize, expected in (
-        (3136, 2, (False, False, 8)),
-        (3136, 4, (False, False, 4)),
-        (196, 2, (False, False, 4)),  # 14x14: 8 bytes, no window needed
-        (49, 2, (False, True, 8)),
-        (49, 4, (False, True, 4)),
-        (1, 2, (True, False, 8)),
-        (1, 8, (True, False, 2)),
+    for view, itemsize, shape, vec in (
+        (View(4, 64, 3136), 2, "aligned", 8),
+        (View(4, 64, 3136), 4, "aligned", 4),
+        (View(4, 64, 196), 2, "folded", 8),  # two 14x14 maps are 784 bytes
+        (View(4, 64, 196), 4, "window", 4),
+        (View(4, 64, 1225), 2, "window", 8),
+        (View(4, 64, 49), 4, "folded", 4),
+        (View(4, 64, 1), 2, "rows", 8),
+        (View(4, 64, 1), 8, "rows", 2),
+        (View(1, 3, 49), 2, "window", 1),  # a vector would pass the end of the tensor
+        (View(4, 3, 49), 2, "window", 4),
     ):
-        assert planner.addressing(View(4, 64, inner), itemsize) == expected
-    assert planner.addressing(View(1, 3, 49), 2) == (False, False, 1), "the window would pass the end"
-    assert planner.addressing(View(4, 3, 49), 2) == (False, True, 4)
+        tile = planner.addressing(view, itemsize)
+        assert (tile.shape, tile.vec) == (shape, vec), view
 
 
 def test_rows_tiles_hold_whole_sectors() -> None:
     for channels, itemsize in itertools.product((64, 96, 2048), (2, 4, 8)):
-        how = plan("forward", View(512, channels, 1), itemsize, H100)
-        assert how.width * itemsize >= 32
+        for how in plans("forward", View(512, channels, 1), itemsize, H100):
+            assert how.tile.width * itemsize >= 32
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from .backend import obstacle, uses_triton
-from .version import __version__
+from .info import DTYPES, info
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,7 +18,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m triton_brn", description="Batch Renormalization for PyTorch"
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, and which code serves which device")
+    about = commands.add_parser("info", help="versions, devices, and the launch plan for a shape")
+    about.add_argument("--shape", type=shape, help="N,C or N,C,...: show how such an input is run")
+    about.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the input (default: fp32)")
+    about.add_argument("--channels-last", action="store_true", help="the input's memory format")
     demo = commands.add_parser("demo", help="BatchNorm against Batch Renormalization on 5,000 MNIST digits")
     demo.add_argument("--quick", action="store_true", help="a quarter of the steps")
     demo.add_argument("--device", default="cpu", help="where to train (default: cpu)")
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _add_tune(commands)
     args = parser.parse_args(argv)
     if args.command == "info":
-        print(info())
+        print(info(args.shape, args.dtype, args.channels_last))
         return
     if args.command == "tune":
         from ._tune_report import run_tune
@@ -48,12 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _add_tune(commands: Any) -> None:
-    from ._tune_report import DTYPES, shape_of
-
     tune = commands.add_parser("tune", help="find this device's fastest launch plans and store them")
     tune.add_argument(
         "--shape",
-        type=shape_of,
+        type=shape,
         action="append",
         metavar="N,C,...",
         help="an input, as often as you like (default: the layers of ResNet-50 at batch 32)",
@@ -66,48 +65,12 @@ def _add_tune(commands: Any) -> None:
     )
 
 
-def info() -> str:
-    """Versions, and for each device the code that serves it and why."""
-    lines = [
-        f"triton_brn {__version__}",
-        f"torch      {torch.__version__}",
-        f"triton     {_triton_version()}",
-        f"TRITON_BRN_BACKEND  {os.environ.get('TRITON_BRN_BACKEND', 'auto (not set)')}",
-    ]
-    lines += [f"{name:20}{_served_by(device)}" for name, device in _devices()]
-    return "\n".join(lines)
-
-
-def _triton_version() -> str:
-    try:
-        import triton
-    except ImportError as error:
-        return f"cannot be imported ({error})"
-    interpreter = " (interpreter on)" if triton.knobs.runtime.interpret else ""
-    return f"{triton.__version__}{interpreter}"
-
-
-def _devices() -> list[tuple[str, torch.device]]:
-    devices = [("cpu", torch.device("cpu"))]
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is not None:
-        for index in range(torch.accelerator.device_count()):
-            devices.append((f"{accelerator.type}:{index}", torch.device(accelerator.type, index)))
-    return devices
-
-
-def _served_by(device: torch.device) -> str:
-    try:
-        if uses_triton(device):
-            return "Triton kernels"
-    except (RuntimeError, ValueError) as error:
-        return f"none: {error}"
-    why = (
-        obstacle(device.type)
-        if os.environ.get("TRITON_BRN_BACKEND") != "eager"
-        else "TRITON_BRN_BACKEND=eager"
-    )
-    return f"plain PyTorch: {why}"
+def shape(text: str) -> tuple[int, ...]:
+    """A shape as written on the command line: ``32,64,56,56``."""
+    sizes = tuple(int(size) for size in text.split(","))
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"expected N,C or N,C,..., all at least 1, got {text}")
+    return sizes
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import re
 from collections.abc import Sequence
 
 import torch
@@ -31,13 +29,6 @@ DTYPES = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }
-
-
-def shape_of(text: str) -> tuple[int, ...]:
-    """A shape as the command line has it, "32,64,56,56"."""
-    if not re.fullmatch(r"0*[1-9]\d{0,9}(,0*[1-9]\d{0,9})+", text):
-        raise argparse.ArgumentTypeError(f"expected sizes like 32,64,56,56, got {text!r}")
-    return tuple(map(int, text.split(",")))
 
 
 def run_tune(

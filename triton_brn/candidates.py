@@ -17,6 +17,7 @@ from .planner import (
     View,
     _Call,
     groups,
+    lacks,
     power_of_two,
     whole_splits,
 )
@@ -65,7 +66,7 @@ def strategies(direction: str, view: View, itemsize: int, device: Device) -> lis
     """The planner's plan for every strategy that can serve the call."""
     call = _Call(direction, view, itemsize, device)
     names = ("two_launch",) if direction == "inference" else STRATEGIES
-    plans = (getattr(call, name)(True) for name in names)
+    plans = (getattr(call, name)(True) for name in names if not lacks(name, device))
     return [plan for plan in plans if isinstance(plan, Plan)]
 
 
@@ -98,7 +99,7 @@ def planned(choice: Choice, direction: str, view: View, itemsize: int, device: D
     numbers = (choice.block, choice.width, choice.warps, choice.ctas)
     if any(n < 1 or n & (n - 1) for n in numbers) or choice.slots < 1 or choice.splits < 1:
         return None
-    if choice.ctas > 1 and choice.strategy != "cluster":
+    if lacks(choice.strategy, device) or (choice.ctas > 1 and choice.strategy != "cluster"):
         return None
     call = _Call(direction, view, itemsize, device)
     if choice.strategy in ("resident", "cluster"):
@@ -115,7 +116,7 @@ def _whole(choice: Choice, call: _Call) -> Plan | None:
     tile = call.kept(power_of_two(call.total))
     programs = choice.ctas
     if choice.strategy == "cluster":
-        if not call.device.clusters or tile.rows or not 2 <= programs <= MOST_CLUSTER:
+        if tile.rows or not 2 <= programs <= MOST_CLUSTER:
             return None
         if tile.elements < programs * choice.warps * call.device.warp * tile.vec:
             return None
@@ -161,11 +162,11 @@ def _looped(choice: Choice, call: _Call) -> Plan | None:
     slots, most = n, MOST_SPLITS
     if choice.strategy == "blocked":
         tensors = 3 if call.direction == "backward" else 2
-        moved = call.view.outer * call.view.inner * tile.channels * call.itemsize * tensors
+        each = call.view.outer * call.view.inner * tile.channels * call.itemsize
         at_once = call.device.co_resident(choice.warps, call.looped_registers)
-        slots = min(choice.slots, n, call.device.l2 // moved, at_once)
-        if slots < 1:
+        if each * (tensors - 1) > call.device.l2 or not at_once:
             return None
+        slots = min(choice.slots, n, max(1, call.device.l2 // (each * tensors)), at_once)
         most = min(most, at_once // slots)
     splits = whole_splits(call.total, min(choice.splits, most), tile.block)
     return Plan(choice.strategy, tile, n, slots, splits, choice.warps, call.looped_registers)

@@ -26,11 +26,12 @@ L2_BYTES = {
 
 def device_of(x: Tensor) -> Device:
     """What the planner knows of x's device."""
-    return _device(x.device.index or 0)
+    return device_at(x.device.index or 0)
 
 
 @functools.cache
-def _device(index: int) -> Device:
+def device_at(index: int) -> Device:
+    """What the planner knows of the device of this index."""
     if INTERPRETED:
         return Device("interpreter", sms=2, waits=False)  # programs run one after another: few are quicker
     active = triton.runtime.driver.active
@@ -57,7 +58,7 @@ def table_name(x: Tensor) -> str:
 @functools.cache
 def _table_name(kind: str, index: int) -> str:
     name = "" if kind == "cpu" else torch.get_device_module(kind).get_device_name(index)
-    return name or _device(index).name
+    return name or device_at(index).name
 
 
 def current_stream(index: int) -> int:

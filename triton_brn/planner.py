@@ -129,17 +129,18 @@ KEPT_REGISTERS = 255
 #: four programs share a multiprocessor.
 LOOPED_BYTES = {"aligned": 32, "rows": 32, "folded": 16, "window": 32}
 LOOPED_BYTES_BACKWARD = {"aligned": 32, "rows": 32, "folded": 32, "window": 16}
-LOOPED_REGISTERS, LOOPED_REGISTERS_FOLDED = 128, 168
+LOOPED_REGISTERS, LOOPED_REGISTERS_MORE = 128, 168
 #: Elements of a program at least, where larger ones would leave multiprocessors idle: what every warp
-#: reads of its channels' numbers is then below 5 % of a cluster's tile, 10 % of rows.
-SHARED, SHARED_ROWS = 8_192, 6_000
+#: reads of its channels' numbers is then below 5 % of the traffic, of rows below 10 %. Where a channel is
+#: shared by four or more programs, the one that finalises weighs less.
+SHARED, SHARED_BY_MANY, SHARED_ROWS = 8_192, 5_000, 6_000
 #: Programs per multiprocessor that a launch aims at where none waits.
 PROGRAMS_PER_SM = 4
 #: Segments whose edges make a tile of a loop.
 EDGES = 16
-#: Elements of a folded row at most. Eight maps of 17x17 would be 2,312 in a row of 4,096, and take ten times
-#: the instructions of a window.
-FOLDED = 1_024
+#: Bytes of a folded row at most. Eight maps of 17x17 would be 2,312 elements in a row of 4,096, and take ten
+#: times the instructions of a window.
+FOLDED = 2_048
 
 _forced: str | None = None
 
@@ -191,10 +192,21 @@ def plan(direction: str, view: View, itemsize: int, device: Device, strategy: st
 def _plan(direction: str, view: View, itemsize: int, device: Device, strategy: str | None) -> Plan:
     call = _Call(direction, view, itemsize, device)
     for name in [strategy] if strategy else STRATEGIES:
-        found = getattr(call, name)(bool(strategy))
+        found = lacks(name, device) or getattr(call, name)(bool(strategy))
         if isinstance(found, Plan):
             return found
     raise ValueError(f"strategy: {strategy!r} cannot run {direction} on {view} on {device.name}: {found}")
+
+
+def lacks(strategy: str, device: Device) -> str:
+    """Why a device has none of this strategy, whatever the sizes; empty where it has it."""
+    if strategy == "cluster" and not device.clusters:
+        return "clusters need CUDA's compute capability 9.0 to 11.x and Triton 3.8"
+    if strategy in ("cooperative", "blocked") and not device.waits:
+        return "programs cannot wait for each other"
+    if strategy == "blocked" and not device.l2:
+        return "the size of L2 is not known"
+    return ""
 
 
 class _Call:
@@ -213,14 +225,12 @@ class _Call:
         n = groups(self.view, tile)
         large = tile.elements > limit // 2  # alone on a multiprocessor
         few = n < self.device.sms and tile.elements > SHARED
-        if not forced and (large or few) and isinstance(self.cluster(False), Plan):
+        if not forced and (large or few) and self.device.clusters and isinstance(self.cluster(False), Plan):
             return "a cluster's programs share multiprocessors, and fill more of them"
         warps = min(MOST_WARPS, self.warps(tile, waits=False))
         return Plan("resident", tile, n, n, 1, warps, KEPT_REGISTERS)
 
     def cluster(self, forced: bool) -> Plan | str:
-        if not self.device.clusters:
-            return "clusters need CUDA's compute capability 9.0 to 11.x and Triton 3.8"
         if self.tile.rows:
             return "a cluster splits a channel, and Triton would split the columns of rows"
         tile = self.kept(power_of_two(self.total))
@@ -237,37 +247,42 @@ class _Call:
 
     def cooperative(self, forced: bool) -> Plan | str:
         at_once = self.device.co_resident(WARPS, KEPT_REGISTERS)
-        if not at_once:
-            return "programs cannot wait for each other"
         width = self.kept(1).width
         block = min(power_of_two(self.total), WARPS * self.keeps(waits=True) // width)
         splits = -(-self.total // block)
         if splits > at_once:
             return f"a channel group takes {splits:,} programs, {at_once} run at the same time"
-        n = groups(self.view, self.kept(block))
-        most = max(splits, self.total * width // (SHARED_ROWS if self.tile.rows else SHARED))
-        ways = [(slots, min(at_once // slots, most)) for slots in range(1, min(n, at_once // splits) + 1)]
-        # What one program does in all its turns, the least.
-        slots, splits = min(ways, key=lambda way: -(n // -way[0]) * -(self.total // -way[1]))
+        full = self.kept(block)
+        n = groups(self.view, full)
+        elements = self.total * width
+        few = SHARED if elements < 4 * SHARED else SHARED_BY_MANY
+        most = max(splits + splits // 8, elements // (SHARED_ROWS if self.tile.rows else few))
+        ways = [
+            (slots, whole_splits(self.total, min(at_once // slots, most), full.grain))
+            for slots in range(1, min(n, at_once // splits) + 1)
+        ]
+        # The least work for one program in all its turns; up to a tenth more, if that fills the device.
+        work = {way: -(n // -way[0]) * -(self.total // -way[1]) for way in ways}
+        near = [way for way in ways if work[way] <= 1.1 * min(work.values())]
+        slots, splits = max(near, key=lambda way: (way[0] * way[1], -work[way]))
         tile = self.kept(min(block, power_of_two(-(self.total // -splits))))
-        splits = whole_splits(self.total, splits, tile.grain)
         warps = min(WARPS, self.warps(tile, waits=True))
         return Plan("cooperative", tile, n, slots, splits, warps, KEPT_REGISTERS)
 
     def blocked(self, forced: bool) -> Plan | str:
         at_once = self.device.co_resident(WARPS, self.looped_registers)
-        if not at_once:
-            return "programs cannot wait for each other"
+        tensors = 3 if self.direction == "backward" else 2
         for row_bytes in (128, 64, 32):
             tile = self.looped(row_bytes)
-            tensors = 3 if self.direction == "backward" else 2  # between two reads of a tile, at most
-            moved = self.view.outer * self.view.inner * tile.channels * self.itemsize * tensors
-            if moved <= self.device.l2:
+            each = self.view.outer * self.view.inner * tile.channels * self.itemsize
+            if (
+                each * tensors <= self.device.l2
+            ):  # what passes through L2 between two reads of a tile, at most
                 break
-        else:
-            return f"a channel group moves {moved:,} bytes, L2 holds {self.device.l2:,}"
+        if each * (tensors - 1) > self.device.l2:
+            return f"a channel group takes {each * (tensors - 1):,} bytes, L2 holds {self.device.l2:,}"
         n = groups(self.view, tile)
-        slots = min(n, self.device.l2 // moved, at_once)
+        slots = min(n, max(1, self.device.l2 // (each * tensors)), at_once)
         slots = -(-n // -(-n // slots))
         splits = whole_splits(self.total, at_once // slots, tile.block)
         warps = self.warps_for(tile, self.per_thread())
@@ -284,7 +299,7 @@ class _Call:
     @property
     def looped_registers(self) -> int:
         """Registers of a thread that loops."""
-        return LOOPED_REGISTERS_FOLDED if self.tile.folded else LOOPED_REGISTERS
+        return LOOPED_REGISTERS_MORE if self.tile.folded or self.itemsize == 8 else LOOPED_REGISTERS
 
     def keeps(self, waits: bool) -> int:
         """Elements that a warp keeps."""
@@ -295,7 +310,9 @@ class _Call:
             self.direction == "forward" and self.itemsize == 2 and self.tile.shape == "aligned" and not waits
         ):
             most = KEEPS_FORWARD_HALF_ALIGNED
-        return self.device.warp * (most // 2 if self.itemsize == 8 else most)
+        if self.itemsize == 8:
+            most //= 4 if waits and self.direction == "backward" else 2
+        return self.device.warp * most
 
     def warps(self, tile: Tile, waits: bool) -> int:
         """Warps of a kept tile."""
@@ -316,12 +333,12 @@ class _Call:
         return self.tile.shape == "rows" and self.tile.vec * self.itemsize < 16
 
     def kept(self, block: int) -> Tile:
-        """The tile of ``block`` rows or vectors, kept. Splits begin at multiples of 128 bytes."""
+        """The tile of ``block`` rows or vectors, kept. Splits begin at multiples of 32 bytes."""
         tile = self.wide_rows(32)
         segments = 0
         if tile.edges:  # of so many vectors, and of those that begin or end between them
             segments = power_of_two(min(self.view.outer, (block - 1) // vectors(self.view, tile) + 2))
-        grain = 1 if tile.rows else min(8, block)
+        grain = 1 if tile.rows else min(tile.lead // tile.vec, block)
         return self.finished(tile._replace(block=block, segments=segments, grain=grain))
 
     def looped(self, row_bytes: int) -> Tile:
@@ -354,7 +371,7 @@ def addressing(view: View, itemsize: int) -> Tile:
     maps = most // aligned  # that begin at a multiple of 16 bytes
     while maps * view.inner * itemsize < 32:
         maps *= 2
-    folds = maps > 1 and maps <= view.channels and maps * view.inner <= FOLDED
+    folds = maps > 1 and maps <= view.channels and maps * view.inner * itemsize <= FOLDED
     if folds and view.channels * view.inner % most == 0:
         return Tile(True, True, False, False, most, lead, maps, width=power_of_two(maps * view.inner))
     windowed = math.gcd(math.prod(view), most)  # the last window must not pass the tensor's end

@@ -1,0 +1,115 @@
+"""The launch room where kernels are compiled: what is kept between calls, and what is not.
+
+On a GPU or an emulator of one. Triton's interpreter launches kernels itself, one program after another.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import batch_renorm_reference, inputs
+from test_kernels import assert_nobody_waits, check, run
+
+from triton_brn import batch_renorm, forced_strategy
+
+launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="Triton's interpreter compiles nothing")
+
+SHAPE = (64, 3, 9, 9)
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_BRN_BACKEND", "triton")
+    monkeypatch.setattr(launch, "_calls", {})
+    monkeypatch.setattr(launch, "_buffers", {})
+
+
+def test_a_grid_that_does_not_fit_falls_back(device, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    monkeypatch.setattr(launch.Call, "fits", lambda self, compiled: False)
+    case = inputs(SHAPE, device=device)
+    before = case.running_mean.clone()
+    with pytest.raises(ValueError, match=r"strategy: 'cooperative' cannot run forward .* same time"):
+        run(case, "cooperative", training=True)
+    assert torch.equal(case.running_mean, before)
+    large = (8, 40, 40, 40)
+    caplog.set_level("DEBUG", "triton_brn")
+    check(inputs(large, torch.float32, "channels_last", device=device))
+    strategies = [call.plan.strategy for call in launch._calls.values() if call.view.outer == 12_800]
+    assert strategies == ["two_launch"] * 2
+    assert "would not run at the same time" in caplog.text
+
+
+def test_fits_counts_registers(device) -> None:
+    case = inputs(SHAPE, device=device)
+    run(case, "cooperative", training=True)
+    call = next(iter(launch._calls.values()))
+    compiled = type("Compiled", (), {"n_regs": 255})
+    assert call.fits(compiled)
+    call.device = type(call.device)("small", sms=1, registers=65_536)
+    assert call.fits(compiled) == (call.plan.slots * call.plan.splits <= 2)
+
+
+def test_streams_have_workspaces_of_their_own(device, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device.type == "cuda":
+        run(inputs(SHAPE, device=device), "cooperative", training=True)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            check(inputs(SHAPE, device=device), "cooperative")
+    else:
+        for stream in (0, 7):
+            monkeypatch.setattr(launch, "current_stream", lambda index, stream=stream: stream)
+            check(inputs(SHAPE, device=device), "cooperative")
+    words = [t.data_ptr() for (*_, dtype), t in launch._buffers.items() if dtype == torch.int32]
+    assert len(set(words)) == 2
+
+
+def test_a_launch_that_fails_changes_nothing(device) -> None:
+    case = inputs(SHAPE, device=device)
+    run(case, "cooperative", training=True)
+    bound = [(call.bound, key, run_) for call in launch._calls.values() for key, run_ in call.bound.items()]
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of resources")
+
+    for kept, key, _ in bound:
+        kept[key] = fail
+    case = inputs(SHAPE, device=device)
+    before, step = case.running_mean.clone(), torch.tensor(7, device=device)
+    with pytest.raises(RuntimeError, match="out of resources"):
+        run(case, "cooperative", training=True, step=step)
+    assert torch.equal(case.running_mean, before)
+    assert step == 7
+    for kept, key, run_ in bound:
+        kept[key] = run_
+    check(case, "cooperative")
+    assert_nobody_waits()
+
+
+def test_pointers_that_are_not_aligned_get_kernels_of_their_own(device) -> None:
+    aligned = inputs(SHAPE, torch.bfloat16, device=device)
+    check(aligned, "cooperative")
+    shifted = inputs(SHAPE, torch.bfloat16, device=device)
+    storage = torch.empty(shifted.x.numel() + 1, dtype=torch.bfloat16, device=device)
+    shifted.x = storage[1:].view(SHAPE).copy_(shifted.x)
+    check(shifted, "cooperative")
+    assert {len(call.bound) for call in launch._calls.values()} == {2}
+
+
+@pytest.mark.parametrize("strategy", ["cooperative", "blocked", "two_launch"])
+def test_counters_after_many_launches(strategy: str, device) -> None:
+    """Ten thousand launches on a GPU; an emulator is given a hundred."""
+    launches = 10_000 if device.type == "cuda" else 100
+    case = inputs(SHAPE, device=device)
+    step = torch.tensor(0, device=device)
+    mean, var = case.running_mean.clone(), case.running_var.clone()
+    with torch.no_grad(), forced_strategy(strategy):
+        for _ in range(launches):
+            y = batch_renorm(*case.args, training=True, num_batches_tracked=step)
+    assert step == launches
+    assert_nobody_waits()
+    for _ in range(launches):
+        expected = batch_renorm_reference(case.x, mean, var, case.weight, case.bias)
+        mean, var = expected.running_mean, expected.running_var
+    torch.testing.assert_close(case.running_mean.double(), mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(case.running_var.double(), var, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y.double(), expected.y, rtol=1e-4, atol=1e-4)
