@@ -177,6 +177,7 @@ def test_autotune_is_once_per_key_and_changes_nothing(faked: list, monkeypatch: 
     assert len(faked) == 2
 
 
+@pytest.mark.filterwarnings("ignore:tuning table")
 def test_autotune_survives_a_table_that_cannot_be_written(
     faked: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
