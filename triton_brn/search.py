@@ -171,7 +171,7 @@ class Scratch:
         if self.expected is None:
             self.expected = result
         elif call.spills:
-            raise ValueError(f"it spills {call.spills} bytes")
+            raise ValueError(f"it spills {call.spills} registers")
         elif not close(result, self.expected):
             raise ValueError("its result differs")
         return benchmark(next_copy)
