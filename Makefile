@@ -20,7 +20,7 @@ help:
 demo: .venv/.demo
 	$(BIN)/python -m triton_brn demo $(DEMO_ARGS)
 
-test: .venv/.test,demo
+test: .venv/.test,demo,bench
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: .venv/.dev

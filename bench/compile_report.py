@@ -53,6 +53,8 @@ VIEWS = (
     View(4, 32, 22_201),
     View(64, 32, 22_201),
     View(8, 192, 289),
+    View(512, 64, 169),
+    View(300, 3, 15),  # too few channels to fold, too small for edges
     View(512, 2048, 1),  # rows
     View(32, 64, 1),
     View(100_352, 64, 1),

@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 import torch
 
+from triton_brn._bench_measure import cpu_model
+
 ROWS: list[str] = []
 
 
@@ -33,14 +35,4 @@ def machine() -> str:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             versions.append(f"no {package}")
-    return f"{cpu_model()}, {torch.get_num_threads()} threads; {', '.join(versions)}"
-
-
-def cpu_model() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        from cpuinfo import get_cpu_info  # comes with pytest-benchmark
-
-        return str(get_cpu_info().get("brand_raw") or platform.machine())
-    except ImportError:
-        return platform.processor() or platform.machine()
+    return f"{cpu_model()}, threads: {torch.get_num_threads()}; {', '.join(versions)}"

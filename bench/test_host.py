@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_cpu import Times, one_round, ratio, verdict
+from test_cpu import verdict
 from torch.nn import functional as F
 
 from triton_brn import backend, batch_renorm
+from triton_brn._bench_measure import Times, one_round, ratio, wall_clock
 from triton_brn.planner import Device
 
 launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
@@ -72,7 +73,7 @@ def test_host(shape: tuple[int, ...], direction: str, stub: None, benchmark, tab
     for run in steps.values():
         run()
     times: Times = {name: [] for name in steps}
-    benchmark.pedantic(one_round, args=(steps, times, 100), rounds=40)
+    benchmark.pedantic(one_round, args=(steps, times, wall_clock(100)), rounds=40)
     times_over = ratio(times, "batch_renorm", "F.batch_norm")
     best = {name: min(t) * 1e6 for name, t in times.items()}
     target = TARGETS[direction]

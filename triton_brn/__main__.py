@@ -1,4 +1,4 @@
-"""The command line: ``python -m triton_brn info | demo | tune``."""
+"""The command line: ``python -m triton_brn info | demo | tune | bench``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from . import benchmark
 from .info import DTYPES, info
 
 
@@ -28,7 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     demo.add_argument("--out", default=".", help="folder or file of the figure (default: this folder)")
     demo.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
     _add_tune(commands)
+    benchmark.add_command(commands)
     args = parser.parse_args(argv)
+    if args.command == "bench":
+        return benchmark.command(args, parser.error)
     if args.command == "info":
         print(info(args.shape, args.dtype, args.channels_last))
         return

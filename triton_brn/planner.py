@@ -138,6 +138,8 @@ SHARED, SHARED_BY_MANY, SHARED_ROWS = 8_192, 5_000, 6_000
 PROGRAMS_PER_SM = 4
 #: Segments whose edges make a tile of a loop.
 EDGES = 16
+#: Sectors of a map at least, for its edges to be a tile: of smaller maps that would be too large to keep.
+EDGES_FROM = 8
 #: Bytes of a folded row at most. Eight maps of 17x17 would be 2,312 elements in a row of 4,096, and take ten
 #: times the instructions of a window.
 FOLDED = 2_048
@@ -329,8 +331,8 @@ class _Call:
 
     @property
     def ragged(self) -> bool:
-        """Whether rows are no whole number of 16 bytes: each element then has an address of its own."""
-        return self.tile.shape == "rows" and self.tile.vec * self.itemsize < 16
+        """Whether accesses are so narrow that each element, or two, has an address and a mask of its own."""
+        return not self.tile.folded and self.tile.vec * self.itemsize < (16 if self.tile.rows else 8)
 
     def kept(self, block: int) -> Tile:
         """The tile of ``block`` rows or vectors, kept. Splits begin at multiples of 32 bytes."""
@@ -375,7 +377,7 @@ def addressing(view: View, itemsize: int) -> Tile:
     if folds and view.channels * view.inner % most == 0:
         return Tile(True, True, False, False, most, lead, maps, width=power_of_two(maps * view.inner))
     windowed = math.gcd(math.prod(view), most)  # the last window must not pass the tensor's end
-    if aligned * itemsize >= 8 or aligned == windowed or view.inner < lead:
+    if aligned * itemsize >= 8 or aligned == windowed or view.inner < EDGES_FROM * lead:
         return Tile(False, False, view.inner % lead > 0, False, aligned, lead, 1, width=aligned)
     return Tile(False, False, True, True, windowed, lead, 1, width=windowed)
 

@@ -1,0 +1,393 @@
+"""The benchmark: its arithmetic on known times, its files, its errors. No time is judged."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections import Counter
+from contextlib import nullcontext
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference import batch_renorm_reference
+from torch import nn
+
+from triton_brn import _bench_measure, _bench_models, _bench_peers, _bench_report, _bench_run, benchmark
+from triton_brn.__main__ import main
+from triton_brn._bench_cases import DIRECTIONS, PRESETS, Case, default_cases, preset_shapes
+from triton_brn._bench_measure import Effort
+from triton_brn._bench_peers import OURS
+from triton_brn._bench_run import Compiling, Measured, rows_of
+
+pytestmark = pytest.mark.usefixtures("eager")
+CPU = torch.device("cpu")
+SHORT = Effort(seconds=0, least=3, most=3)
+SMALL = Case((4, 6, 5, 5))
+LIGHT = (OURS, "BatchNorm", "plain PyTorch")  # neither compiled nor of a package that takes seconds to import
+
+
+@pytest.fixture
+def complete() -> None:
+    """Only where the command's packages are installed."""
+    if missing := benchmark.missing_extras():
+        pytest.skip(f"needs {', '.join(missing)}")
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few contestants, few rounds, small buffers, and a short run of the command."""
+    monkeypatch.setattr(
+        _bench_run, "peers", lambda kind: [p for p in _bench_peers.peers(kind) if p.name in LIGHT]
+    )
+    monkeypatch.setattr(_bench_measure, "QUICK", SHORT)
+    monkeypatch.setattr(_bench_measure, "COPY_BYTES", 1 << 16)
+    _bench_measure.copy_bandwidth.cache_clear()
+
+
+class Clock:
+    """Known times in the place of a clock: each contestant's call is a number of milliseconds."""
+
+    def __init__(self) -> None:
+        self.order: list[float] = []
+
+    def __call__(self, call) -> float:
+        self.order.append(call())
+        return call() * 1e-3 * len(self.order)  # the machine slows down: ratios in a round must be taken
+
+
+@pytest.mark.parametrize(("n", "number"), [(1, 1), (2, 2), (3, 6), (7, 14), (8, 8)])
+def test_contestants_take_turns_so_that_each_follows_each_equally_often(n, number):
+    names = list("abcdefgh"[:n])
+    orders = [_bench_measure.order(names, k) for k in range(number)]
+    assert all(sorted(turns) == names for turns in orders)
+    before = Counter(pair for turns in orders for pair in pairwise(turns))
+    assert len(before) == n * (n - 1)
+    assert len(set(before.values())) <= 1
+    assert {turns[0] for turns in orders} == set(names)
+
+
+def test_a_round_times_each_contestant_once():
+    clock, calls = Clock(), {"a": lambda: 1.0, "b": lambda: 2.0, "c": lambda: 4.0}
+    times = _bench_measure.rounds(calls, clock, SHORT)
+    assert clock.order == [1, 2, 4, 2, 4, 1, 4, 1, 2]
+    assert times["a"] == pytest.approx([1e-3, 6e-3, 8e-3])
+
+
+def test_rounds_end_with_the_effort():
+    count = {
+        n: len(_bench_measure.rounds({"a": lambda: 1.0}, Clock(), e)["a"])
+        for n, e in {
+            "time is up": Effort(seconds=0, least=2, most=9),
+            "enough": Effort(seconds=60, least=2, most=9),
+        }.items()
+    }
+    assert count == {"time is up": 2, "enough": 9}
+    assert _bench_measure.rounds({}, Clock(), SHORT) == {}
+
+
+def test_quantiles_are_numpys():
+    values = [5.0, 1.0, 4.0, 2.0]
+    for q in (0.0, 0.2, 0.5, 0.8, 1.0):
+        assert _bench_measure.quantile(values, q) == pytest.approx(torch.tensor(values).quantile(q).item())
+    assert _bench_measure.quantile([3.0], 0.2) == 3.0
+
+
+def test_numbers_have_three_digits_and_no_exponent():
+    values = (None, 0.0, 0.00402, 0.5, 1.0, 12.345, 99.96, 1234.5)
+    shown = ["-", "0.00", "0.00402", "0.500", "1.00", "12.3", "100.0", "1,234"]
+    assert [_bench_report.number(value) for value in values] == shown
+
+
+def test_rows_are_computed_from_the_times():
+    measured = Measured(
+        times={OURS: [1e-3, 2e-3, 4e-3], "BatchNorm": [2e-3, 6e-3, 8e-3]},
+        graph={OURS: [1e-3, 1e-3, 1e-3]},
+        wall={OURS: [3e-3]},
+        peak={OURS: 7.5},
+        launches={OURS: 1},
+        notes={"BatchNorm": "no CUDA graph: for a reason", "torchrl": "left out"},
+    )
+    case = Case((2, 5, 10, 10), "bf16")
+    ours, norm, absent = rows_of(case, "backward", "resident", measured, 10.0, {"device": "a device"})
+    ideal = 3 * 2 * 1000  # x, dy and dx in two bytes
+    assert (ours.ms, norm.ms) == (2, 6)
+    assert (ours.ms_q20, ours.ms_q80) == pytest.approx((1.4, 3.2))
+    assert ours.ideal_mb == ideal / 1e6
+    assert ours.gbps == pytest.approx(ideal / 2e-3 / 1e9)
+    assert ours.copy_percent == pytest.approx(100 * ours.gbps / 10)
+    assert ours.best_gbps == ours.graph_gbps == pytest.approx(2 * ours.gbps)
+    assert (ours.speedup, norm.speedup) == (1, 2)  # median of 2, 3 and 2
+    assert (ours.wall_ms, ours.peak_mib, ours.launches) == (3, 7.5, 1)
+    assert norm.graph_ms is None
+    assert "no CUDA graph" in norm.note
+    assert (absent.peer, absent.ms, absent.speedup, absent.note) == ("torchrl", None, None, "left out")
+    assert {row.device for row in (ours, norm, absent)} == {"a device"}
+    assert {row.strategy for row in (ours, norm, absent)} == {"resident"}
+
+
+@pytest.mark.parametrize(
+    ("direction", "tensors"), [("forward", 2), ("backward", 3), ("both", 5), ("inference", 2)]
+)
+def test_ideal_bytes_count_each_tensor_once(direction, tensors):
+    assert Case((2, 3, 4), "fp16").ideal_bytes(direction) == tensors * 24 * 2
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "default"])
+def test_presets_hold_shapes_that_layers_take(preset):
+    for shape in preset_shapes(preset, (4, 32)):
+        assert _bench_peers.batch_renorm(shape).num_features == _bench_peers.batch_norm(shape).num_features
+    assert len(set(preset_shapes(preset, (4, 32)))) == len(preset_shapes(preset, (4, 32)))
+
+
+def test_the_default_has_both_layouts_odd_maps_and_a_family_of_sizes():
+    cases = default_cases("fp32", large=False, quick=False)
+    assert {case.layout for case in cases} == {"contiguous", "channels_last"}
+    assert any(case.shape[-1] % 2 for case in cases)
+    assert len({case.shape[0] for case in cases if case.shape[1:] == (64, 56, 56)}) >= 3
+
+
+def test_inputs_are_the_same_each_time_in_the_layout_asked_for():
+    case = Case((2, 6, 5, 5), "bf16", "channels_last")
+    x, dy = case.tensors(CPU)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert dy.is_contiguous(memory_format=torch.channels_last)
+    assert x.dtype == torch.bfloat16
+    assert x.requires_grad
+    assert torch.equal(x, case.tensors(CPU)[0])
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (4, 5, 3, 3)])
+def test_plain_version_is_algorithm_1(shape):
+    layer = _bench_peers.PlainBatchRenorm(5)
+    x = torch.randn(shape) * 3 + 1
+    expected = batch_renorm_reference(x, torch.zeros(5), torch.ones(5) - 1e-5)
+    torch.testing.assert_close(layer(x).double(), expected.y, rtol=0, atol=1e-5)
+    torch.testing.assert_close(layer.running_mean.double(), expected.running_mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        layer.running_std.double(), (expected.running_var + 1e-5).sqrt(), rtol=0, atol=1e-6
+    )
+
+
+def test_layers_for_rows_get_the_maps_statistics():
+    x = torch.randn(4, 5, 3, 3)
+    expected = nn.BatchNorm2d(5)(x)
+    for form in (torch.contiguous_format, torch.channels_last):
+        y = _bench_peers.OnRows(nn.BatchNorm1d(5))(x.contiguous(memory_format=form))
+        torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_calls_do_what_their_direction_says(direction):
+    x, dy = SMALL.tensors(CPU)
+    layer = _bench_peers.batch_renorm(SMALL.shape)
+    call = _bench_peers.call_of(layer, x, dy, direction)
+    before = int(layer.num_batches_tracked)
+    found = [call(), call()][1]
+    assert int(layer.num_batches_tracked) - before == (2 if direction in ("forward", "both") else 0)
+    if direction in ("backward", "both"):
+        assert [g.shape for g in found] == [x.shape, (6,), (6,)]
+    else:
+        assert found.shape == x.shape
+        assert found.requires_grad == (direction == "forward")
+    assert x.grad is None
+
+
+def test_what_a_contestant_cannot_do_is_noted(monkeypatch):
+    def broken(shape):
+        raise RuntimeError("out of luck\nand more")
+
+    some = [
+        _bench_peers.Peer(OURS, _bench_peers.batch_renorm),
+        _bench_peers.Peer("broken", broken),
+        _bench_peers.Peer("absent", broken, package="no_such_package"),
+        _bench_peers.Peer("slow", broken, compiled=True),
+    ]
+    monkeypatch.setattr(_bench_run, "peers", lambda kind: some)
+    found, notes = _bench_run.contestants(SMALL, SMALL.tensors(CPU), ["both"], Compiling(0))
+    assert list(found) == [OURS]
+    assert notes == {
+        "broken": "failed: RuntimeError: out of luck",
+        "absent": "left out: pip install no-such-package",
+        "slow": "not compiled: --compile-seconds 0",
+    }
+
+
+def test_compiling_ends_when_its_seconds_are_used_up():
+    compiling = Compiling(5)
+    assert not compiling.refusal
+    compiling.spent = 6
+    assert compiling.refusal == "not compiled: --compile-seconds 5 were used up"
+
+
+def test_the_strategy_is_the_plans(monkeypatch):
+    x = torch.randn(4, 8)
+    assert _bench_run.strategy_of(x, "both") == "eager"
+    monkeypatch.setenv("TRITON_BRN_BACKEND", "triton")
+    assert _bench_run.strategy_of(x, "both") == "resident"
+    assert _bench_run.strategy_of(x, "inference") == "two_launch"
+
+
+@pytest.mark.usefixtures("complete", "light")
+def test_the_command_writes_complete_tables_and_figures(tmp_path, capsys):
+    main(
+        ["bench", "--quick", "--shape", "4,6,5,5", "8,6", "--direction", *DIRECTIONS, "--out", str(tmp_path)]
+    )
+    shown = capsys.readouterr().out
+    assert "4x6x5x5 fp32" in shown
+    records = json.loads((tmp_path / "layers.json").read_text())
+    with (tmp_path / "layers.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(records) == 2 * len(DIRECTIONS) * len(LIGHT)
+    assert list(table[0]) == [field.name for field in dataclasses.fields(_bench_run.Row)]
+    for record in records:
+        assert record["ms_q20"] <= record["ms"] <= record["ms_q80"]
+        assert record["gbps"] == pytest.approx(record["ideal_mb"] / record["ms"])
+        assert all(
+            record[k] for k in ("device", "python", "torch", "triton", "triton_brn", "strategy", "speedup")
+        )
+    for name in ("speedup", "bandwidth", "scaling"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("complete", "light")
+def test_one_direction_in_channels_last(tmp_path):
+    arguments = [
+        "--shape",
+        "2,6,5,5",
+        "--channels-last",
+        "--direction",
+        "inference",
+        "--dtype",
+        "bf16",
+        "fp32",
+    ]
+    main(["bench", "--quick", *arguments, "--out", str(tmp_path)])
+    records = json.loads((tmp_path / "layers.json").read_text())
+    assert {(r["layout"], r["direction"]) for r in records} == {("channels_last", "inference")}
+    assert {r["dtype"] for r in records} == {"bf16", "fp32"}
+
+
+@pytest.mark.usefixtures("complete", "light")
+def test_an_input_that_nobody_takes_is_reported(tmp_path, capsys):
+    main(["bench", "--quick", "--shape", "1,6", "--direction", "forward", "--out", str(tmp_path)])
+    assert "BatchNorm: failed: ValueError: Expected more than 1 value per channel" in capsys.readouterr().out
+    assert (tmp_path / "layers.csv").is_file()
+
+
+@pytest.mark.usefixtures("complete")
+def test_whole_models(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(_bench_models.DEPTHS, "resnet18", ((1,), False))
+    monkeypatch.setattr(_bench_models, "QUICK", SHORT)
+    main(["bench", "--model", "resnet18", "--quick", "--batch", "2", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "resnet18.json").read_text())
+    assert [row["peer"] for row in rows] == list(_bench_models.VARIANTS)
+    assert all(row["images_per_second"] == pytest.approx(2e3 / row["ms"]) for row in rows)
+    assert "training step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "norms"), [("resnet18", 11_689_512, 20), ("resnet50", 25_557_032, 53)]
+)
+def test_models_are_resnets(name, parameters, norms):
+    with torch.device("meta"):
+        model = _bench_models.resnet(name)
+        assert sum(p.numel() for p in model.parameters()) == parameters  # as published
+        assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == norms
+        assert model(torch.empty(2, 3, 64, 64)).shape == (2, 1000)
+        plain = _bench_models.with_plain(model)
+    assert sum(isinstance(m, _bench_peers.PlainBatchRenorm) for m in plain.modules()) == norms
+
+
+def test_a_missing_package_is_answered_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(benchmark, "EXTRAS", ("no_such_package",))
+    with pytest.raises(SystemExit, match=r"needs no_such_package: pip install 'triton_brn\[bench\]'"):
+        main(["bench"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "3"], "argument --shape: expected 2 to 5 sizes above 0 as in 32,64,56,56, got '3'"),
+        (["--shape", "4,0,2"], "argument --shape: expected"),
+        (["--shape", "4,five"], "argument --shape: expected"),
+        (["--shape", "4,5", "--preset", "odd"], "argument --preset: not allowed with argument --shape"),
+        (["--shape", "4,5", "--channels-last"], "argument --channels-last: expected shapes of 4 or 5 sizes"),
+        (["--batch", "4"], "argument --batch: goes with --model or --preset resnet50, inception, odd"),
+        (["--preset", "odd", "--batch", "0"], "argument --batch: expected at least 1, got 0"),
+        (["--compile-seconds", "-1"], "argument --compile-seconds: expected at least 0, got -1"),
+        (["--device", "no"], "argument --device"),
+        (["--device", "meta"], "argument --device: expected cpu or cuda, got meta"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice"),
+        (["--model", "resnet18", "--dtype", "bf16"], "argument --dtype: not allowed with argument --model"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "EXTRAS", ())
+    with pytest.raises(SystemExit):
+        main(["bench", *arguments])
+    assert message in capsys.readouterr().err
+
+
+class Event:
+    """A device event on a device whose clock each record moves by a millisecond."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.time = 0.0
+
+    def record(self) -> None:
+        Event.now += 1
+        self.time = Event.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.time - self.time
+
+
+def test_on_cuda_events_graphs_memory_and_launches_are_taken(monkeypatch):
+    """With a stand-in for torch.cuda: which calls are made, not what they do."""
+    replayed = []
+    graph = SimpleNamespace(replay=lambda: replayed.append(1))
+    stands_in = {
+        "Event": Event,
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "current_stream": lambda: None,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": lambda: graph,
+        "graph": lambda graph, stream: nullcontext(),
+        "synchronize": lambda: None,
+        "memory_allocated": lambda: 1 << 20,
+        "max_memory_allocated": lambda: 3 << 20,
+        "reset_peak_memory_stats": lambda: None,
+    }
+    for name, value in stands_in.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    work = [
+        SimpleNamespace(device_type="DeviceType.CUDA", is_user_annotation=span)
+        for span in (False, False, True)
+    ]
+    work.append(SimpleNamespace(device_type="DeviceType.CPU", is_user_annotation=False))
+    profiler = SimpleNamespace(events=lambda: work)
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: nullcontext(profiler))
+    monkeypatch.setattr(_bench_measure, "COPY_BYTES", 1 << 10)
+
+    x, dy = SMALL.tensors(CPU)
+    asks = _bench_peers.Peer("asks", _bench_peers.batch_norm, waits_for_host=True)
+    layers = {
+        OURS: (_bench_peers.Peer(OURS, _bench_peers.batch_renorm), _bench_peers.batch_renorm(SMALL.shape))
+    }
+    layers["asks"] = (asks, _bench_peers.batch_norm(SMALL.shape))
+    measured = _bench_run.measure_cuda(layers, x, dy, "both", SHORT)
+    assert measured.times == {OURS: [1e-3] * 3, "asks": [1e-3] * 3}
+    assert measured.graph == {OURS: [1e-3] * 3}
+    assert len(replayed) == 3
+    assert set(measured.wall) == {OURS, "asks"}
+    assert measured.peak == {OURS: 2.0, "asks": 2.0}
+    assert measured.launches == {OURS: 2, "asks": 2}
+    assert measured.notes == {"asks": "no CUDA graph: it waits for the device"}

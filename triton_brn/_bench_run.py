@@ -1,0 +1,275 @@
+"""One input after another: makes the contestants, times them, and hands back rows."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._bench_cases import Case
+from ._bench_measure import (
+    Call,
+    ColdEvents,
+    Effort,
+    Times,
+    block_of,
+    captured,
+    copy_bandwidth,
+    launches,
+    peak_memory,
+    quantile,
+    ratio,
+    rounds,
+    stamp,
+    wall_clock,
+)
+from ._bench_peers import OURS, Peer, backward_can_be_repeated, call_of, peers
+from .backend import uses_triton
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contestant on one direction of one input. None: does not apply here, or see ``note``."""
+
+    shape: str
+    dtype: str
+    layout: str
+    direction: str
+    peer: str
+    strategy: str  # of our plan for this input; "eager": torch's own kernels
+    ms: float | None = None  # median; CUDA: device events, L2 cold; CPU: wall clock
+    ms_q20: float | None = None
+    ms_q80: float | None = None
+    graph_ms: float | None = None  # CUDA: replay of a CUDA graph, L2 cold
+    graph_ms_q20: float | None = None
+    graph_ms_q80: float | None = None
+    wall_ms: float | None = None  # CUDA: wall clock per call, back to back: above graph_ms, the host binds
+    gbps: float | None = None  # ideal bytes (each tensor once) / ms
+    copy_percent: float | None = None  # gbps of copy_gbps
+    graph_gbps: float | None = None
+    graph_copy_percent: float | None = None
+    copy_gbps: float | None = None  # measured: a large tensor's copy, read and write counted
+    speedup: float | None = None  # of triton_brn over this contestant: median over rounds
+    graph_speedup: float | None = None
+    peak_mib: float | None = None  # CUDA: held by a call at most, beyond its inputs
+    launches: int | None = None  # CUDA: kernels, fills and copies
+    ideal_mb: float | None = None  # 1e6 bytes
+    note: str = ""
+    device: str = ""
+    python: str = ""
+    torch: str = ""
+    triton: str = ""
+    triton_brn: str = ""
+
+    @property
+    def best_gbps(self) -> float | None:
+        """Of a graph's replay where there is one."""
+        return self.graph_gbps or self.gbps
+
+    @property
+    def best_ms(self) -> float | None:
+        """Of a graph's replay where there is one."""
+        return self.graph_ms or self.ms
+
+
+@dataclass
+class Measured:
+    """What one direction of one input took, by contestant."""
+
+    times: Times = field(default_factory=dict)
+    graph: Times = field(default_factory=dict)
+    wall: Times = field(default_factory=dict)
+    peak: dict[str, float] = field(default_factory=dict)
+    launches: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+class Compiling:
+    """The seconds that torch.compile may take in all: it takes some for each input."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.spent = seconds, 0.0
+
+    @property
+    def refusal(self) -> str:
+        """Why nothing more is compiled; empty if it is."""
+        if not self.seconds:
+            return "not compiled: --compile-seconds 0"
+        if self.spent >= self.seconds:
+            return f"not compiled: --compile-seconds {self.seconds:g} were used up"
+        return ""
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.spent += perf_counter() - start
+
+
+def strategy_of(x: Tensor, direction: str) -> str:
+    """How our layer runs this input: the plan's strategies, forward before backward, or "eager"."""
+    if not uses_triton(x.device):
+        return "eager"
+    from . import launch
+
+    statistics_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    names = []
+    for one in ("forward", "backward") if direction == "both" else (direction,):
+        plan = launch.prepared(one, x.detach(), statistics_dtype)[1].plan
+        if plan.strategy not in names:
+            names.append(plan.strategy)
+    return " + ".join(names)
+
+
+def contestants(
+    case: Case, tensors: tuple[Tensor, Tensor], directions: Sequence[str], compiling: Compiling
+) -> tuple[dict[str, tuple[Peer, nn.Module]], dict[str, str]]:
+    """The layers that run this input, each having run all directions, and why others do not."""
+    x, dy = tensors
+    found: dict[str, tuple[Peer, nn.Module]] = {}
+    notes: dict[str, str] = {}
+    for peer in peers(x.device.type):
+        why_not = peer.missing or (compiling.refusal if peer.compiled else "")
+        if not why_not:
+            try:
+                layer = peer.make(case.shape, x.device, x.dtype)
+                with compiling.counted() if peer.compiled else nullcontext():
+                    for direction in directions:
+                        call_of(layer, x, dy, direction)()
+                found[peer.name] = (peer, layer)
+            except Exception as error:  # whatever a contestant cannot do is its result
+                why_not = short(error)
+        if why_not:
+            notes[peer.name] = why_not
+    return found, notes
+
+
+def short(error: Exception) -> str:
+    """The error's type and first line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"failed: {type(error).__name__}: {lines[0][:160]}"
+
+
+def measure(
+    case: Case,
+    directions: Sequence[str],
+    device: torch.device,
+    effort: Effort,
+    bar: Any,
+    compiling: Compiling,
+) -> list[Row]:
+    """All contestants on one input."""
+    x, dy = tensors = case.tensors(device)
+    measure_how = measure_cuda if device.type == "cuda" else measure_cpu
+    rows = []
+    if compiling.seconds:
+        torch._dynamo.reset()  # what was compiled for another input only lengthens its search
+    with backward_can_be_repeated():
+        bar.set_postfix_str(f"{case}: contestants")
+        layers, notes = contestants(case, tensors, directions, compiling)
+        for direction in directions:
+            bar.set_postfix_str(f"{case}: {direction}")
+            measured = measure_how(layers, x, dy, direction, effort)
+            measured.notes = {**notes, **measured.notes}
+            strategy = strategy_of(x, direction)
+            rows += rows_of(case, direction, strategy, measured, copy_bandwidth(device), stamp(device))
+            bar.update()
+    return rows
+
+
+Layers = dict[str, tuple[Peer, nn.Module]]
+
+
+def ready(layers: Layers, x: Tensor, dy: Tensor, direction: str) -> tuple[dict[str, Call], dict[str, str]]:
+    """One call of each that has run, and why others have not: together they hold more memory than alone."""
+    calls: dict[str, Call] = {}
+    notes: dict[str, str] = {}
+    for name, (_, layer) in layers.items():
+        try:
+            call = call_of(layer, x, dy, direction)
+            call()
+            calls[name] = call
+        except Exception as error:
+            notes[name] = short(error)
+    return calls, notes
+
+
+def measure_cpu(layers: Layers, x: Tensor, dy: Tensor, direction: str, effort: Effort) -> Measured:
+    """Wall clock, in blocks of calls."""
+    calls, notes = ready(layers, x, dy, direction)
+    return Measured(times=rounds(calls, wall_clock(block_of(calls)), effort), notes=notes)
+
+
+def measure_cuda(layers: Layers, x: Tensor, dy: Tensor, direction: str, effort: Effort) -> Measured:
+    """Device events and graph replays with a cold L2; wall clock of calls back to back; memory; launches."""
+    calls, notes = ready(layers, x, dy, direction)
+    replays: dict[str, Call] = {}
+    for name in calls:
+        peer, layer = layers[name]
+        if peer.waits_for_host:
+            notes[name] = "no CUDA graph: it waits for the device"
+            continue
+        try:
+            replays[name] = captured(functools.partial(call_of, layer, x, dy, direction))
+        except Exception as error:
+            notes[name] = f"no CUDA graph: {short(error)}"
+    events, wait = ColdEvents(x.device), torch.cuda.synchronize
+    blocks = replace(effort, most=effort.most // 4)  # of calls
+    return Measured(
+        times=rounds(calls, events, effort),
+        graph=rounds(replays, events, effort),
+        wall=rounds(calls, wall_clock(block_of(calls, wait), wait), blocks),
+        peak={name: peak_memory(call) for name, call in calls.items()},
+        launches={name: count for name, call in calls.items() if (count := launches(call))},
+        notes=notes,
+    )
+
+
+def rows_of(
+    case: Case, direction: str, strategy: str, measured: Measured, copy_gbps: float, stamps: dict[str, str]
+) -> list[Row]:
+    """A row for each contestant, those that did not run too."""
+    ideal = case.ideal_bytes(direction)
+    rows = []
+    for name in [*measured.times, *(n for n in measured.notes if n not in measured.times)]:
+        values: dict[str, Any] = {**stamps}
+        for prefix, times in (("", measured.times), ("graph_", measured.graph)):
+            if name not in times:
+                continue
+            seconds = times[name]
+            median = statistics.median(seconds)
+            values[f"{prefix}ms"] = median * 1e3
+            values[f"{prefix}ms_q20"] = quantile(seconds, 0.2) * 1e3
+            values[f"{prefix}ms_q80"] = quantile(seconds, 0.8) * 1e3
+            values[f"{prefix}gbps"] = ideal / median / 1e9
+            values[f"{prefix}copy_percent"] = 100 * ideal / median / 1e9 / copy_gbps
+            if OURS in times:
+                values[f"{prefix}speedup"] = ratio(times, name, OURS)
+        if name in measured.wall:
+            values["wall_ms"] = statistics.median(measured.wall[name]) * 1e3
+        rows.append(
+            Row(
+                shape=case.size,
+                dtype=case.dtype,
+                layout=case.layout,
+                direction=direction,
+                peer=name,
+                strategy=strategy,
+                copy_gbps=copy_gbps,
+                ideal_mb=ideal / 1e6,
+                peak_mib=measured.peak.get(name),
+                launches=measured.launches.get(name),
+                note=measured.notes.get(name, ""),
+                **values,
+            )
+        )
+    return rows
