@@ -25,6 +25,13 @@ def device() -> torch.device:
     return DEVICE
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_tables(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests run by the planner's plans, whatever was tuned on this machine."""
+    os.environ["TRITON_BRN_CACHE_DIR"] = str(tmp_path_factory.mktemp("tables"))
+    os.environ.pop("TRITON_BRN_AUTOTUNE", None)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -72,6 +72,7 @@ def test_public_names() -> None:
         "batch_renorm",
         "convert_batchnorm",
         "forced_strategy",
+        "tune",
     ]
     for name in triton_brn.__all__:
         assert hasattr(triton_brn, name)
@@ -84,7 +85,9 @@ def test_metadata() -> None:
     )
     requires = [r for r in importlib.metadata.requires("triton_brn") or [] if "extra ==" not in r]
     names = sorted(r.split(">")[0].split(";")[0].strip() for r in requires)
-    assert names == ["torch", "triton", "triton-windows"], "nothing else is needed to run"
+    assert names == ["filelock", "platformdirs", "torch", "triton", "triton-windows"], (
+        "nothing else is needed to run"
+    )
 
 
 def test_types_are_shipped() -> None:

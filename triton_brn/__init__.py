@@ -12,6 +12,7 @@ from .functional import batch_renorm  # noqa: E402
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d  # noqa: E402
 from .planner import forced_strategy  # noqa: E402
 from .ramp import Ramp  # noqa: E402
+from .tuning import tune  # noqa: E402
 from .version import __version__  # noqa: E402
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "batch_renorm",
     "convert_batchnorm",
     "forced_strategy",
+    "tune",
 ]

@@ -1,9 +1,11 @@
-"""The command line: ``python -m triton_brn info | demo | bench``."""
+"""The command line: ``python -m triton_brn info | demo | tune | bench``."""
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -26,12 +28,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     demo.add_argument("--device", default="cpu", help="where to train (default: cpu)")
     demo.add_argument("--out", default=".", help="folder or file of the figure (default: this folder)")
     demo.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
+    _add_tune(commands)
     benchmark.add_command(commands)
     args = parser.parse_args(argv)
     if args.command == "bench":
         return benchmark.command(args, parser.error)
     if args.command == "info":
         print(info(args.shape, args.dtype, args.channels_last))
+        return
+    if args.command == "tune":
+        from ._tune_report import run_tune
+
+        run_tune(args.shape, args.dtype, args.channels_last, args.device, args.budget)
         return
     if args.seeds < 1:
         parser.error(f"argument --seeds: expected at least 1, got {args.seeds}")
@@ -42,6 +50,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     from .demo import run_demo
 
     run_demo(quick=args.quick, device=args.device, out=args.out, seeds=args.seeds)
+
+
+def _add_tune(commands: Any) -> None:
+    tune = commands.add_parser("tune", help="find this device's fastest launch plans and store them")
+    tune.add_argument(
+        "--shape",
+        type=shape,
+        action="append",
+        metavar="N,C,...",
+        help="an input, as often as you like (default: the layers of ResNet-50 at batch 32)",
+    )
+    tune.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the inputs (default: bf16)")
+    tune.add_argument("--channels-last", action="store_true", help="inputs of that memory format")
+    tune.add_argument("--device", help="where to tune (default: the accelerator)")
+    tune.add_argument(
+        "--budget", type=float, default=math.inf, metavar="SECONDS", help="end after so long (default: never)"
+    )
 
 
 def shape(text: str) -> tuple[int, ...]:

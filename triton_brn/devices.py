@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 import triton
 from torch import Tensor
 
@@ -47,6 +48,17 @@ def device_at(index: int) -> Device:
         warp=target.warp_size,
         l2=L2_BYTES.get(target.arch, 0),
     )
+
+
+def table_name(x: Tensor) -> str:
+    """The name that tuning tables know x's device by: its model's, where torch tells it."""
+    return _table_name(x.device.type, x.device.index or 0)
+
+
+@functools.cache
+def _table_name(kind: str, index: int) -> str:
+    name = "" if kind == "cpu" else torch.get_device_module(kind).get_device_name(index)
+    return name or device_at(index).name
 
 
 def current_stream(index: int) -> int:

@@ -16,14 +16,17 @@ from .devices import INTERPRETED, current_stream, device_of
 from .kernels.backward import backward_kernel
 from .kernels.forward import forward_kernel
 from .kernels.inference import inference_kernel
-from .planner import View, view_of
+from .planner import Plan, View, view_of
+from .tuned import tuned_plan
 
 _log = logging.getLogger(__name__)
 
 
-def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_max, d_max, average_std):  # type: ignore[no-untyped-def]
+def forward(  # type: ignore[no-untyped-def]
+    x, weight, bias, running_mean, running_var, step, momentum, eps, r_max, d_max, average_std, call=None
+):
     """Algorithm 1 of Ioffe (2017); updates the running statistics. Returns y and saved (5, C)."""
-    x, call = prepared("forward", x, running_mean.dtype)
+    x, call = prepared("forward", x, running_mean.dtype, call)
     y = torch.empty_like(x)
     saved = running_mean.new_empty((5, call.view.channels))
     running = (running_mean, running_var, step)
@@ -39,9 +42,9 @@ def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_m
     return y, saved
 
 
-def inference(x, weight, bias, running_mean, running_var, eps, save):  # type: ignore[no-untyped-def]
+def inference(x, weight, bias, running_mean, running_var, eps, save, call=None):  # type: ignore[no-untyped-def]
     """Normalise with the running statistics. Returns y and, if ``save``, saved (5, C)."""
-    x, call = prepared("inference", x, running_mean.dtype)
+    x, call = prepared("inference", x, running_mean.dtype, call)
     y = torch.empty_like(x)
     saved = running_mean.new_empty((5, call.view.channels) if save else 0)
     running = (running_mean, running_var)
@@ -50,9 +53,9 @@ def inference(x, weight, bias, running_mean, running_var, eps, save):  # type: i
     return y, saved
 
 
-def backward(dy, x, weight, saved, training, needs):  # type: ignore[no-untyped-def]
+def backward(dy, x, weight, saved, training, needs, call=None):  # type: ignore[no-untyped-def]
     """Gradients with respect to x, weight and bias; empty tensors where ``needs`` says False."""
-    x, call = prepared("backward" if training else "inference", x, saved.dtype)
+    x, call = prepared("backward" if training else "inference", x, saved.dtype, call)
     dy = laid_out_as(x, dy)
     like = saved if weight is None else weight
     channels = call.view.channels
@@ -76,12 +79,15 @@ EXCHANGED = {"forward": (3, 2), "backward": (2, 3)}
 
 
 class Call:
-    """All that calls of one kind share: view, plan, workspace, compiled kernels."""
+    """All that calls of one kind share: view, plan, workspace, compiled kernels. Tuning gives a plan."""
 
-    def __init__(self, direction: str, view: View, x: Tensor, statistics: torch.dtype) -> None:
+    def __init__(
+        self, direction: str, view: View, x: Tensor, statistics: torch.dtype, plan: Plan | None = None
+    ) -> None:
         self.direction, self.view, self.index = direction, view, x.device.index or 0
         self.device = device_of(x)
-        self.plan = planner.plan(direction, view, x.element_size(), self.device)
+        self.given, self.spills = plan is not None, 0
+        self.plan = plan or tuned_plan(direction, view, x, self.device)
         self.allocate(x, statistics)
 
     def allocate(self, x: Tensor, statistics: torch.dtype) -> None:
@@ -122,6 +128,7 @@ class Call:
             if run is None:
                 compiled = kernel.warmup(*arguments, *constants, grid=grid, **self.plan.options(self.device))
                 run = compiled[grid]
+                self.spills = max(self.spills, compiled.n_spills)
                 if self.plan.waits and not self.fits(compiled):
                     self.retreat(arguments[0], arguments[4].dtype)
                     return False
@@ -138,7 +145,7 @@ class Call:
         """Plan anew without programs that wait."""
         message = f"strategy: {self.plan.strategy!r} cannot run {self.direction} on {self.view} here: its "
         message += f"{self.plan.slots * self.plan.splits} programs would not run at the same time"
-        if planner.forced():
+        if planner.forced() or self.given:
             raise ValueError(message)
         _log.debug(message)
         self.plan = planner.plan(self.direction, self.view, x.element_size(), self.device, "two_launch")
@@ -148,8 +155,12 @@ class Call:
 _calls: dict[Any, Call] = {}
 
 
-def prepared(direction: str, x: Tensor, statistics: torch.dtype) -> tuple[Tensor, Call]:
-    """x, or a dense copy of it, and its call."""
+def prepared(
+    direction: str, x: Tensor, statistics: torch.dtype, call: Call | None = None
+) -> tuple[Tensor, Call]:
+    """x, or a dense copy of it, and its call, unless that is given."""
+    if call is not None:
+        return x, call
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
     stream = 0 if INTERPRETED else current_stream(x.device.index or 0)
     key = (direction, x.shape, x.stride(), x.dtype, x.device, stream, planner.forced())
@@ -165,6 +176,11 @@ def prepared(direction: str, x: Tensor, statistics: torch.dtype) -> tuple[Tensor
                 _calls.clear()
             _calls[key] = call
     return x, call
+
+
+def forget_calls() -> None:
+    """Plan all calls anew, each when it comes next."""
+    _calls.clear()
 
 
 _buffers: dict[Any, Tensor] = {}

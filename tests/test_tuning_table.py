@@ -1,0 +1,175 @@
+"""The tables that tuning writes: damage and other versions are reported once, two writers lose nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from triton_brn import tuning_table
+from triton_brn.candidates import Choice
+from triton_brn.planner import View
+from triton_brn.tuning_table import Entry
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+NAME = "NVIDIA Something 80GB"
+CHOICE = Choice("cluster", 4096, 8, 4, 2, 512, 1)
+ENTRY = Entry(CHOICE, 9.5, 10.0, True)
+DEFAULT = Entry(None, 10.0, 10.0, False)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRITON_BRN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning_table, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tuning_table, "_tables", {})
+    return tmp_path / "cache"
+
+
+def forget() -> None:
+    """As a new process would begin."""
+    tuning_table._tables.clear()
+
+
+def assert_silent(key: str, entry: Entry | None, what: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuning_table.look_up(NAME, key) == entry, what
+
+
+def test_what_was_saved_is_found() -> None:
+    path = tuning_table.save(NAME, {"a": ENTRY, "b": DEFAULT})
+    forget()
+    assert tuning_table.look_up(NAME, "a") == ENTRY
+    assert tuning_table.look_up(NAME, "b") == DEFAULT
+    assert tuning_table.look_up(NAME, "c") is None
+    assert tuning_table.look_up("another device", "a") is None
+    assert path.name == "NVIDIA_Something_80GB.json"
+    assert [p.suffix for p in sorted(path.parent.iterdir())] == [".json", ".lock"], "nothing is left behind"
+
+
+def test_another_process_finds_it_and_adds_to_it() -> None:
+    tuning_table.save(NAME, {"a": ENTRY})
+    forget()
+    tuning_table.save(NAME, {"b": DEFAULT, "a": DEFAULT})
+    forget()
+    assert tuning_table.look_up(NAME, "a") == tuning_table.look_up(NAME, "b") == DEFAULT
+
+
+def test_the_users_table_comes_before_the_shipped_one(folder: Path) -> None:
+    path = tuning_table.save(NAME, {"a": ENTRY, "b": ENTRY})
+    tuning_table.SHIPPED.mkdir()
+    path.rename(tuning_table.SHIPPED / path.name)
+    tuning_table.save(NAME, {"a": DEFAULT})
+    forget()
+    assert tuning_table.look_up(NAME, "a") == DEFAULT
+    assert tuning_table.look_up(NAME, "b") == ENTRY
+
+
+def test_keys_are_buckets_of_sizes() -> None:
+    def key(*view: int) -> str:
+        return tuning_table.key("forward", "bfloat16", View(*view), 2)
+
+    assert key(32, 64, 3136) == "forward/bfloat16/aligned/131072/64"
+    assert key(40, 50, 3136) == key(32, 64, 3136)
+    assert key(32, 65, 3136) != key(32, 64, 3136)
+    assert key(42, 64, 3136) != key(32, 64, 3136)
+    assert key(100352, 64, 1) == "forward/bfloat16/rows/131072/64"
+    assert key(4, 64, 1225).split("/")[2] == "window"
+
+
+def saved() -> tuple[Path, dict]:
+    path = tuning_table.save(NAME, {"a": ENTRY})
+    forget()
+    return path, json.loads(path.read_text())
+
+
+FAULTS = {
+    "strategy": "os.system('true')",
+    "block": -1,
+    "warps": "4",
+    "ctas": True,
+    "slots": 2**40,
+    "splits": None,
+    "us": float("nan"),
+    "default_us": "fast",
+    "finished": 1,
+    "more": 1,
+}
+
+
+def damaged() -> dict[str, bytes]:
+    """Contents that no table has, by what is wrong with them."""
+    path, table = saved()
+    text = path.read_bytes()
+    path.unlink()
+    contents = {
+        "truncated": text[: len(text) // 2],
+        "empty": b"",
+        "binary": bytes(range(256)),
+        "a list": b"[]",
+        "a pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.",
+        "deep": b"[" * 200_000,
+        "large": b" " * (tuning_table.MOST_BYTES + 1),
+        "long number": b'{"entries": ' + b"9" * 10_000 + b"}",
+        "entries": json.dumps({**table, "entries": [1]}).encode(),
+        "an entry": json.dumps({**table, "entries": {"a": 1}}).encode(),
+        "no stamps": json.dumps({"entries": table["entries"]}).encode(),
+    }
+    for name in ("device", "triton_brn", "triton"):
+        contents[f"other {name}"] = json.dumps({**table, name: "0.0.1"}).encode()
+    for field, value in FAULTS.items():
+        entries = {"a": {**table["entries"]["a"], field: value}}
+        contents[f"{field} of an entry"] = json.dumps({**table, "entries": entries}).encode()
+    return contents
+
+
+def test_what_cannot_be_trusted_is_reported_once_and_ignored() -> None:
+    for what, content in damaged().items():
+        path = tuning_table.path_of(NAME, tuning_table.directory())
+        path.write_bytes(content)
+        forget()
+        with pytest.warns(UserWarning, match="is ignored"):
+            assert tuning_table.look_up(NAME, "a") is None, what
+        assert_silent("a", None, what)
+        tuning_table.save(NAME, {"b": ENTRY})
+        forget()
+        assert_silent("b", ENTRY, f"{what}: not replaced")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_not_waited_for(folder: Path) -> None:
+    folder.mkdir()
+    os.mkfifo(tuning_table.path_of(NAME, folder))
+    with pytest.warns(UserWarning, match="it is no file"):
+        assert tuning_table.look_up(NAME, "a") is None
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_saving_only(folder: Path) -> None:
+    folder.write_text("a file")
+    with pytest.warns(UserWarning, match="is ignored"):
+        assert tuning_table.look_up(NAME, "a") is None
+    with pytest.raises(OSError, match="cache"):
+        tuning_table.save(NAME, {"a": ENTRY})
+
+
+NAMES = ("one", "two", "three")
+WRITER = """
+import sys
+from triton_brn import tuning_table
+from triton_brn.tuning_table import Entry
+for i in range(20):
+    tuning_table.save("device", {f"{sys.argv[1]}/{i}": Entry(None, 1.0, 1.0, True)})
+"""
+
+
+def test_processes_that_write_at_once_lose_nothing() -> None:
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, name]) for name in NAMES]
+    assert [writer.wait(timeout=300) for writer in writers] == [0] * len(NAMES)
+    assert all(tuning_table.look_up("device", f"{name}/{i}") for name in NAMES for i in range(20))

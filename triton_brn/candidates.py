@@ -1,0 +1,177 @@
+"""Other ways than the planner's to run a call, within the same limits: what tuning chooses from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .planner import (
+    EDGES,
+    KEPT_REGISTERS,
+    MOST_WARPS,
+    STRATEGIES,
+    Device,
+    Plan,
+    Tile,
+    View,
+    _Call,
+    groups,
+    lacks,
+    power_of_two,
+    whole_splits,
+)
+
+#: Programs along a grid's second axis at most, and arrivals that a word of the workspace counts.
+MOST_SPLITS = 65_535
+MOST_CLUSTER, MOST_WARPS_LOOPED = 16, 16
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan in a few numbers, which other sizes of the same magnitude can be planned from."""
+
+    strategy: str
+    block: int  # rows, or vectors, per tile; a tile that holds a whole channel follows the sizes
+    width: int  # elements of a row per tile
+    warps: int
+    ctas: int  # programs of a cluster
+    slots: int  # channel groups served at a time, at most
+    splits: int  # programs along a channel
+
+
+#: Steps from one choice to its neighbours: what is doubled, and what is halved.
+STEPS = (
+    (("warps",), ()),
+    (("block",), ()),
+    (("width",), ()),
+    (("ctas",), ()),
+    (("slots",), ()),
+    (("splits",), ()),
+    (("block", "warps"), ()),
+    (("width",), ("block",)),
+    (("ctas",), ("warps",)),
+    (("slots",), ("splits",)),
+)
+
+
+def choice_of(plan: Plan) -> Choice:
+    """The numbers of a plan."""
+    tile = plan.tile
+    numbers = (tile.block, tile.width, plan.num_warps, plan.num_ctas, plan.slots, plan.splits)
+    return Choice(plan.strategy, *numbers)
+
+
+def strategies(direction: str, view: View, itemsize: int, device: Device) -> list[Plan]:
+    """The planner's plan for every strategy that can serve the call."""
+    call = _Call(direction, view, itemsize, device)
+    names = ("two_launch",) if direction == "inference" else STRATEGIES
+    plans = (getattr(call, name)(True) for name in names if not lacks(name, device))
+    return [plan for plan in plans if isinstance(plan, Plan)]
+
+
+def neighbours(plan: Plan, direction: str, view: View, itemsize: int, device: Device) -> list[Plan]:
+    """The plans one step away: one number, or two together, doubled or halved."""
+    found: dict[Plan, None] = {}  # a set that keeps its order
+    for choice in _steps(choice_of(plan)):
+        neighbour = planned(choice, direction, view, itemsize, device)
+        if neighbour is not None and neighbour != plan:
+            found[neighbour] = None
+    return list(found)
+
+
+def _steps(choice: Choice) -> Iterator[Choice]:
+    for twice, half in STEPS:
+        for doubled, halved in ((twice, half), (half, twice)):
+            changed = {name: getattr(choice, name) * 2 for name in doubled}
+            changed |= {name: max(1, getattr(choice, name) // 2) for name in halved}
+            yield dataclasses.replace(choice, **changed)
+
+
+def planned(choice: Choice, direction: str, view: View, itemsize: int, device: Device) -> Plan | None:
+    """The plan that ``choice`` makes for these sizes; None where it cannot serve them.
+
+    The numbers may come from a file: whatever they are, the plan keeps the planner's limits, by which
+    no kernel spills and programs that wait all run at the same time.
+    """
+    if direction == "inference" and choice.strategy != "two_launch":
+        return None
+    numbers = (choice.block, choice.width, choice.warps, choice.ctas)
+    if any(n < 1 or n & (n - 1) for n in numbers) or choice.slots < 1 or choice.splits < 1:
+        return None
+    if lacks(choice.strategy, device) or (choice.ctas > 1 and choice.strategy != "cluster"):
+        return None
+    call = _Call(direction, view, itemsize, device)
+    if choice.strategy in ("resident", "cluster"):
+        return _whole(choice, call)
+    if choice.strategy == "cooperative":
+        return _cooperative(choice, call)
+    if choice.strategy in ("blocked", "two_launch"):
+        return _looped(choice, call)
+    return None
+
+
+def _whole(choice: Choice, call: _Call) -> Plan | None:
+    """A channel group kept by one program, or by one cluster."""
+    tile = call.kept(power_of_two(call.total))
+    programs = choice.ctas
+    if choice.strategy == "cluster":
+        if tile.rows or not 2 <= programs <= MOST_CLUSTER:
+            return None
+        if tile.elements < programs * choice.warps * call.device.warp * tile.vec:
+            return None
+    if choice.warps > MOST_WARPS or not _fills(tile, choice.warps, call):
+        return None
+    if tile.elements > programs * choice.warps * call.keeps(waits=False):
+        return None
+    n = groups(call.view, tile)
+    return Plan(choice.strategy, tile, n, n, 1, choice.warps, KEPT_REGISTERS, programs)
+
+
+def _cooperative(choice: Choice, call: _Call) -> Plan | None:
+    """A channel group kept by several programs that wait for each other."""
+    at_once = call.device.co_resident(choice.warps, KEPT_REGISTERS) if choice.warps <= MOST_WARPS else 0
+    block = min(choice.block, power_of_two(call.total))
+    if call.kept(1).width * block > choice.warps * call.keeps(waits=True):
+        return None
+    splits = min(max(choice.splits, -(-call.total // block)), call.total)
+    if splits > min(at_once, MOST_SPLITS):
+        return None
+    tile = call.kept(min(block, power_of_two(-(-call.total // splits))))
+    if not _fills(tile, choice.warps, call):
+        return None
+    splits = whole_splits(call.total, splits, tile.grain)
+    n = groups(call.view, tile)
+    slots = min(choice.slots, n, at_once // splits)
+    return Plan("cooperative", tile, n, slots, splits, choice.warps, KEPT_REGISTERS)
+
+
+def _looped(choice: Choice, call: _Call) -> Plan | None:
+    """A channel group walked through tile by tile, twice."""
+    tile = call.wide_rows(choice.width * call.itemsize)
+    block = min(choice.block, power_of_two(call.total))
+    segments = EDGES if tile.edges else 0
+    tile = call.finished(tile._replace(block=block, segments=segments, grain=block))
+    if choice.warps > MOST_WARPS_LOOPED or not _fills(tile, choice.warps, call):
+        return None
+    if tile.elements > choice.warps * call.device.warp * call.per_thread():
+        return None
+    if tile.rows and not tile.folded and tile.width * call.itemsize > 128:  # more was never compiled
+        return None
+    n = groups(call.view, tile)
+    slots, most = n, MOST_SPLITS
+    if choice.strategy == "blocked":
+        tensors = 3 if call.direction == "backward" else 2
+        each = call.view.outer * call.view.inner * tile.channels * call.itemsize
+        at_once = call.device.co_resident(choice.warps, call.looped_registers)
+        if each * (tensors - 1) > call.device.l2 or not at_once:
+            return None
+        slots = min(choice.slots, n, max(1, call.device.l2 // (each * tensors)), at_once)
+        most = min(most, at_once // slots)
+    splits = whole_splits(call.total, min(choice.splits, most), tile.block)
+    return Plan(choice.strategy, tile, n, slots, splits, choice.warps, call.looped_registers)
+
+
+def _fills(tile: Tile, warps: int, call: _Call) -> bool:
+    """Whether no thread would only repeat what another does. One warp is always allowed."""
+    return warps == 1 or tile.elements >= warps * call.device.warp

@@ -1,0 +1,62 @@
+"""The plan of a call: what tuning chose for such sizes, else the planner's. Asked once per kind of call."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import candidates, planner, tuning_table
+from .devices import table_name
+from .planner import Device, Plan, View
+from .tuning_table import Entry
+
+_log = logging.getLogger(__name__)
+
+
+def tuned_plan(direction: str, view: View, x: Tensor, device: Device) -> Plan:
+    """The plan for ``direction`` on x. With TRITON_BRN_AUTOTUNE=1, tunes first what nobody has tuned."""
+    analytic = planner.plan(direction, view, x.element_size(), device)
+    if planner.forced():
+        return analytic
+    name = table_name(x)
+    key = tuning_table.key(direction, str(x.dtype).removeprefix("torch."), view, x.element_size())
+    entry = tuning_table.look_up(name, key)
+    if entry is None and os.environ.get("TRITON_BRN_AUTOTUNE") == "1" and not capturing(x):
+        entry = autotuned(direction, view, x, name, key)
+    if entry is None or entry.choice is None:
+        return analytic
+    plan = candidates.planned(entry.choice, direction, view, x.element_size(), device)
+    if plan is None:
+        _log.debug("%s: the tuned %s does not serve %s", key, entry.choice, view)
+    return plan or analytic
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: trials would become a part of it."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+_tuning = threading.RLock()  # autograd runs the backward in a thread of its own
+_tried: dict[tuple[str, str], Entry | None] = {}
+
+
+def autotuned(direction: str, view: View, x: Tensor, name: str, key: str) -> Entry | None:
+    """Tune for x, once per key and process whatever comes of it, and store what was found."""
+    from .search import searched
+
+    with _tuning:
+        if (name, key) in _tried:
+            return _tried[name, key]
+        entry = _tried[name, key] = None
+        try:
+            entry = _tried[name, key] = searched(direction, x.shape, x.stride(), x.dtype, x.device)
+            tuning_table.save(name, {key: entry})
+        except (RuntimeError, OSError) as error:  # out of memory, no such folder, ...
+            what = "not stored" if entry else "not tuned"
+            warnings.warn(f"TRITON_BRN_AUTOTUNE: {key} was {what}: {error}", stacklevel=2)
+        return entry

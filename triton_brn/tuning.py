@@ -1,0 +1,231 @@
+"""tune: find the fastest launch plans for a model, or for shapes, and store them in the device's table."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backend import obstacle, uses_triton
+from .modules import _BatchRenorm
+from .planner import view_of
+from .validate import DTYPES
+
+DIRECTIONS = ("forward", "backward", "inference")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a layer is given."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found for one direction of one shape.
+
+    Attributes:
+        direction: "forward", "backward" or "inference".
+        shape, dtype, layout: of the input; layout is "contiguous", "channels_last" or "other".
+        us: microseconds of a call by the plan that was chosen.
+        default_us: microseconds of a call by the planner's own.
+        strategy: of the chosen plan, "default" where none was faster than the planner's own.
+        news: False where the table had it already.
+        finished: False where the budget ended before everything had been tried.
+    """
+
+    direction: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str
+    us: float
+    default_us: float
+    strategy: str
+    news: bool
+    finished: bool
+
+
+def tune(
+    model_or_shapes: nn.Module | Iterable[Sequence[int]],
+    *inputs: Any,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    device: torch.device | str | None = None,
+    directions: Sequence[str] = DIRECTIONS,
+    budget: float = math.inf,
+    progress: bool = False,
+) -> list[Tuned]:
+    """Find the fastest launch plans and store them in this device's tuning table.
+
+    Everything runs on scratch tensors: parameters, running statistics and random numbers stay as they
+    are. What the table has already is not tuned again. The plans serve all later calls of similar size,
+    in this process and in others.
+
+    Args:
+        model_or_shapes: a model, of whose BatchRenorm layers the inputs' shapes, dtypes and layouts are
+            recorded during one forward of a copy; or input shapes, (N, C) or (N, C, ...).
+        inputs: the model's.
+        dtype, channels_last, device: of the shapes' tensors; the device is by default the one that
+            Triton serves. Layouts other than 4-D and 5-D know no channels_last.
+        directions: which of "forward", "backward" and "inference" to tune.
+        budget: seconds, after which the search ends; what is left waits for the next call.
+        progress: show a progress bar (needs tqdm).
+
+    Returns:
+        What was found for each direction of each distinct input, in order, as far as the budget went.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be served, by name.
+        RuntimeError: Triton does not serve the device, or has no memory for a shape.
+        OSError: the table cannot be written.
+        ImportError: ``progress`` without tqdm.
+    """
+    deadline = time.monotonic() + seconds(budget)
+    for direction in directions:
+        if direction not in DIRECTIONS:
+            raise ValueError(f"directions: expected any of {', '.join(DIRECTIONS)}, got {direction!r}")
+    if isinstance(model_or_shapes, nn.Module):
+        sizes = recorded(model_or_shapes, inputs)
+    elif inputs:
+        raise TypeError("inputs: only a model takes inputs")
+    else:
+        sizes = [size_of(shape, dtype, channels_last, device) for shape in model_or_shapes]
+    for size in sizes:
+        check_served(size.device)
+    wanted = [(direction, size) for size in dict.fromkeys(sizes) for direction in directions]
+    results: list[Tuned] = []
+    with bar(len(wanted), progress) as shown:
+        for direction, size in wanted:
+            if time.monotonic() >= deadline:
+                break
+            shown.set_postfix_str(f"{direction} {'x'.join(map(str, size.shape))}")
+            results.append(tuned(direction, size, deadline))
+            shown.update()
+    return results
+
+
+def tuned(direction: str, size: Size, deadline: float) -> Tuned:
+    """What the table has, or what a search finds and stores there."""
+    from . import launch, tuning_table
+    from .devices import table_name
+    from .search import searched
+
+    view = view_of(size.shape, size.stride)
+    assert view is not None, "recorded sizes are dense"
+    like = torch.empty(0, dtype=size.dtype, device=size.device)
+    dtype = str(size.dtype).removeprefix("torch.")
+    name, key = table_name(like), tuning_table.key(direction, dtype, view, size.dtype.itemsize)
+    entry = tuning_table.look_up(name, key)
+    news = entry is None or not entry.finished
+    if entry is None or news:
+        found = searched(direction, size.shape, size.stride, size.dtype, size.device, deadline)
+        if entry is not None and not found.finished:
+            found = min(entry, found, key=lambda e: e.us / e.default_us)
+        entry = found
+        tuning_table.save(name, {key: entry})
+        launch.forget_calls()
+    strategy = "default" if entry.choice is None else entry.choice.strategy
+    times = (entry.us, entry.default_us)
+    return Tuned(direction, size.shape, dtype, layout_of(size), *times, strategy, news, entry.finished)
+
+
+def recorded(model: nn.Module, inputs: tuple[Any, ...]) -> list[Size]:
+    """The inputs of a model's BatchRenorm layers. A copy runs, so that no statistics are updated."""
+    found: list[Size] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        stride = x.stride() if view_of(x.shape, x.stride()) else torch.empty_like(x, device="meta").stride()
+        if x.numel():
+            found.append(Size(tuple(x.shape), tuple(stride), x.dtype, x.device))
+
+    replica = copy.deepcopy(model)
+    layers = [module for module in replica.modules() if isinstance(module, _BatchRenorm)]
+    if not layers:
+        raise ValueError("model_or_shapes: the model has no BatchRenorm layer")
+    for layer in layers:
+        layer.register_forward_pre_hook(record, with_kwargs=True)
+    with torch.random.fork_rng(), torch.no_grad():
+        replica(*inputs)
+    return found
+
+
+def size_of(
+    shape: Sequence[int], dtype: torch.dtype, channels_last: bool, device: torch.device | str | None
+) -> Size:
+    """The size of a shape's tensor."""
+    shape = tuple(shape)
+    if len(shape) < 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"model_or_shapes: expected shapes (N, C, ...) of positive integers, got {shape}")
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    memory_format = torch.contiguous_format
+    if channels_last:
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        if len(shape) not in formats:
+            raise ValueError(f"channels_last: only 4-D and 5-D tensors have it, got shape {shape}")
+        memory_format = formats[len(shape)]
+    stride = torch.empty(shape, device="meta").to(memory_format=memory_format).stride()
+    return Size(shape, stride, dtype, served_device() if device is None else torch.device(device))
+
+
+def served_device() -> torch.device:
+    """The device that Triton serves."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None else torch.device(accelerator.type)
+
+
+def check_served(device: torch.device) -> None:
+    """Raise RuntimeError where no kernels run, and so nothing can be tuned."""
+    if not uses_triton(device):
+        why = obstacle(device.type) or "TRITON_BRN_BACKEND=eager"
+        raise RuntimeError(f"nothing to tune on {device}, which plain PyTorch serves: {why}")
+
+
+def seconds(budget: float) -> float:
+    """A budget that is one."""
+    if not budget > 0:
+        raise ValueError(f"budget: expected more than 0 seconds, got {budget}")
+    return budget
+
+
+def layout_of(size: Size) -> str:
+    """The layout's name."""
+    x = torch.empty_strided(size.shape, size.stride, device="meta")
+    if x.is_contiguous():
+        return "contiguous"
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    return "channels_last" if last and x.is_contiguous(memory_format=last) else "other"
+
+
+class _NoBar:
+    """In place of a progress bar."""
+
+    def update(self) -> None: ...
+
+    def set_postfix_str(self, text: str) -> None: ...
+
+
+@contextmanager
+def bar(total: int, shown: bool) -> Iterator[Any]:
+    """A progress bar, if one is to be shown."""
+    if not shown:
+        yield _NoBar()
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("a progress bar needs tqdm: pip install 'triton_brn[tune]'") from error
+    with tqdm(total=total, unit="call") as progress:
+        yield progress
