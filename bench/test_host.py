@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from triton_brn import backend, batch_renorm
 from triton_brn._bench_measure import Times, one_round, ratio, wall_clock
-from triton_brn.planner import Device
+from triton_brn.planner import Device, plan
 
 launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
 
@@ -29,7 +29,7 @@ SHAPES = [(8, 16, 4, 4), (64, 32)]
 class Compiled:
     """A compiled kernel that does nothing when it is launched."""
 
-    n_regs = 128
+    n_regs, n_spills = 128, 0
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return lambda *args, stream: None
@@ -43,6 +43,9 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "device_of", lambda x: H100)
     monkeypatch.setattr(launch, "current_stream", lambda index: 0)
+    monkeypatch.setattr(
+        launch, "tuned_plan", lambda how, view, x, gpu: plan(how, view, x.element_size(), gpu)
+    )
     for name in ("forward_kernel", "backward_kernel", "inference_kernel"):
         kernel = type("Kernel", (), {"warmup": lambda self, *args, **kwargs: Compiled()})()
         monkeypatch.setattr(launch, name, kernel)

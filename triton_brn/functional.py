@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from . import ops
 from .ramp import Limit, Ramp, as_ramp
 from .validate import check_batch, check_numbers, check_tensors
+
+Settings: TypeAlias = tuple[float, float, list[float], list[float], bool]
 
 
 def batch_renorm(
@@ -64,8 +67,7 @@ def batch_renorm(
     Raises:
         TypeError, ValueError: an argument that cannot be served, by name; nothing has been changed.
     """
-    check_numbers(momentum, eps, running_average)
-    r_ramp, d_ramp = as_ramp("r_max", r_max, 1.0), as_ramp("d_max", d_max, 0.0)
+    settings = settings_of(momentum, eps, r_max, d_max, running_average)
     check_tensors(input, running_mean, running_var, weight, bias, num_batches_tracked)
     weight = weight if weight is None else weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
@@ -73,18 +75,33 @@ def batch_renorm(
         if needs_grad(input, weight, bias):
             return _Inference.apply(input, weight, bias, running_mean, running_var, eps)
         return ops.inference(input, weight, bias, running_mean, running_var, eps, False)[0]
-    check_batch(input, num_batches_tracked, momentum, r_ramp, d_ramp)
-    settings = (
-        -1.0 if momentum is None else momentum,
-        eps,
-        limits(r_ramp),
-        limits(d_ramp),
-        running_average == "std",
-    )
+    check_batch(input, num_batches_tracked, settings)
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
     if needs_grad(input, weight, bias):
         return _Training.apply(*tensors, settings)
     return ops.forward(*tensors, *settings)[0]
+
+
+def settings_of(*numbers: Any) -> Settings:
+    """momentum, eps, r_max, d_max and running_average, checked, as the ops take them."""
+    if torch.compiler.is_compiling():
+        return _settings_of(*numbers)
+    try:
+        return _settings_before(*numbers)
+    except TypeError:  # an argument that cannot be hashed, or one that is refused, by name
+        return _settings_of(*numbers)
+
+
+def _settings_of(
+    momentum: float | None, eps: float, r_max: Limit, d_max: Limit, running_average: str
+) -> Settings:
+    check_numbers(momentum, eps, running_average)
+    r_ramp, d_ramp = as_ramp("r_max", r_max, 1.0), as_ramp("d_max", d_max, 0.0)
+    alpha = -1.0 if momentum is None else momentum
+    return alpha, eps, limits(r_ramp), limits(d_ramp), running_average == "std"
+
+
+_settings_before = functools.lru_cache(maxsize=256, typed=True)(_settings_of)
 
 
 def limits(ramp: Ramp) -> list[float]:

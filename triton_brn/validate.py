@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-
-from .ramp import Ramp
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 AVERAGES = ("std", "var")
@@ -57,17 +57,18 @@ def check_tensors(
         _check_device("num_batches_tracked", step, x)
 
 
-def check_batch(x: Tensor, step: Tensor | None, momentum: float | None, r_max: Ramp, d_max: Ramp) -> None:
-    """What training needs beyond inference."""
+def check_batch(x: Tensor, step: Tensor | None, settings: tuple[Any, ...]) -> None:
+    """What training needs beyond inference. settings: as the ops take them."""
     if x.numel() == x.shape[1] != 0:
         raise ValueError(
             f"input: expected more than 1 value per channel when training, got shape {tuple(x.shape)}"
         )
     if step is None:
-        if momentum is None:
+        momentum, _, r_max, d_max, _ = settings
+        if momentum < 0:
             raise ValueError("num_batches_tracked: momentum=None needs it")
-        for name, ramp in (("r_max", r_max), ("d_max", d_max)):
-            if ramp.start != ramp.stop:
+        for name, (start, stop, _, _) in (("r_max", r_max), ("d_max", d_max)):
+            if start != stop:
                 raise ValueError(f"num_batches_tracked: a Ramp as {name} needs it")
 
 
