@@ -35,7 +35,8 @@ from triton_brn.kernels.forward import forward_kernel
 from triton_brn.kernels.inference import inference_kernel
 
 from triton_brn import planner
-from triton_brn.planner import Device, Plan, View
+from triton_brn.planner import Device, Plan
+from triton_brn.views import View
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950")
 #: Every shape of tile, every strategy, every size of tile that the planner's limits allow.

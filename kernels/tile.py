@@ -1,6 +1,6 @@
 """Where a tile lies in memory. Every input is (outer, channels, inner), dense.
 
-``T``, a constexpr, is the tile of a launch plan (triton_brn.planner.Tile): [T.block, T.width] elements
+``T``, a constexpr, is the tile of a launch plan (triton_brn.views.Tile): [T.block, T.width] elements
 of T.channels channels, in one of two shapes:
 
 - rows: T.block rows of T.width elements, one row an index of ``outer``. The T.channels neighbouring

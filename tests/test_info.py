@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import inputs
 
-from triton_brn import planner
+from triton_brn import views
 from triton_brn.__main__ import main
 from triton_brn.info import EXAMPLE, info, view_of_shape
 
@@ -19,7 +19,7 @@ def test_views_are_those_of_tensors(shape: tuple[int, ...], layout: str) -> None
     if layout == "channels_last" and len(shape) < 4:
         pytest.skip("channels_last is for maps and volumes")
     x = inputs(shape, torch.float32, layout).x
-    assert view_of_shape(shape, layout == "channels_last") == planner.view_of(x.shape, x.stride())
+    assert view_of_shape(shape, layout == "channels_last") == views.view_of(x.shape, x.stride())
 
 
 def test_plans_of_a_shape(capsys: pytest.CaptureFixture[str]) -> None:

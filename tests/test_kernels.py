@@ -25,7 +25,7 @@ from reference import (
 )
 from torch import Tensor
 
-from triton_brn import Ramp, batch_renorm, forced_strategy, planner
+from triton_brn import Ramp, batch_renorm, forced_strategy, planner, views
 
 launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
 
@@ -106,7 +106,7 @@ def serves(strategy: str, shape: tuple[int, ...], layout: str, dtype: torch.dtyp
     if shape[1] == 64 and layout == "contiguous" and len(shape) > 2 and dtype != torch.bfloat16:
         return False  # 64 programs are slow in the interpreter: once is enough
     x = inputs(shape, dtype, layout, device="cpu").x
-    view = planner.view_of(x.shape, x.stride())
+    view = views.view_of(x.shape, x.stride())
     with forced_strategy(strategy):
         try:
             for direction in ("forward", "backward"):
@@ -273,7 +273,7 @@ def test_past_2_31_elements(device) -> None:
     """Channel 0 of a (9, 2**17, 2**11) tensor, in place; all but 18,432 elements stay untouched."""
     from triton_brn.kernels.inference import inference_kernel
 
-    view = planner.View(9, 2**17, 2**11)
+    view = views.View(9, 2**17, 2**11)
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 5 * 2**30:
         pytest.skip("needs 5 GiB of device memory")
     x = torch.empty(view, dtype=torch.float16, device=device)

@@ -15,7 +15,7 @@ import torch
 from reference import inputs
 from test_kernels import check
 
-from triton_brn import planner
+from triton_brn import planner, views
 
 launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
 
@@ -59,7 +59,7 @@ def launches(request: pytest.FixtureRequest) -> list[Any]:
 
 
 def plan_of(direction: str, x: torch.Tensor) -> planner.Plan:
-    view = planner.view_of(x.shape, x.stride())
+    view = views.view_of(x.shape, x.stride())
     return planner.plan(direction, view, x.element_size(), launch.device_of(x))
 
 

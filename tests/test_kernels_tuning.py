@@ -12,8 +12,9 @@ import torch
 from conftest import DEVICE
 
 import triton_brn
-from triton_brn import BatchRenorm2d, candidates, planner, tuning_table
-from triton_brn.planner import Device, View
+from triton_brn import BatchRenorm2d, candidates, planner, tuning_table, views
+from triton_brn.planner import Device
+from triton_brn.views import View
 
 launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
 from triton_brn import search, tuned  # noqa: E402
@@ -77,7 +78,7 @@ def test_a_tuned_plan_is_used_and_right() -> None:
     before = trained(layer())
     with planner.forced_strategy("two_launch"):
         x = torch.empty(SHAPE, device=DEVICE)
-        view = planner.view_of(x.shape, x.stride())
+        view = views.view_of(x.shape, x.stride())
         plan = planner.plan("forward", view, 4, launch.device_of(x))
     key = tuning_table.key("forward", "float32", view, 4)
     entry = tuning_table.Entry(candidates.choice_of(plan), 1.0, 2.0, True)
@@ -286,7 +287,7 @@ def runs_at_once(plan: planner.Plan, device: Device) -> bool:
 
 
 def check_plan(plan: planner.Plan, view: View, device: Device) -> None:
-    total = planner.length(view, plan.tile)
+    total = views.length(view, plan.tile)
     per_split = -(-total // plan.splits)
     per_split = -(-per_split // plan.tile.grain) * plan.tile.grain
     assert (plan.splits - 1) * per_split < total <= plan.splits * per_split, "a split is empty"

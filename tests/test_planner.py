@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from triton_brn import planner
-from triton_brn.planner import Device, Plan, View, plan, view_of
+from triton_brn import planner, views
+from triton_brn.planner import Device, Plan, plan
+from triton_brn.views import View, view_of
 
 H100 = Device("cuda:90", sms=132, capability=90, triton=(3, 9), l2=50 << 20)
 A100 = Device("cuda:80", sms=108, capability=80, triton=(3, 9), l2=40 << 20)
@@ -37,7 +38,7 @@ def plans(direction: str, view: View, itemsize: int, device: Device) -> Iterator
 def test_plans_cover_the_tensor(direction: str, itemsize: int, device: Device) -> None:
     for view in VIEWS:
         for how in plans(direction, view, itemsize, device):
-            tile, total = how.tile, planner.length(view, how.tile)
+            tile, total = how.tile, views.length(view, how.tile)
             per_split = math.ceil(math.ceil(total / how.splits) / tile.grain) * tile.grain
             assert (how.splits - 1) * per_split < total <= how.splits * per_split, "a split is empty"
             assert not how.kept or per_split <= tile.block, "what is kept is one tile"
@@ -118,7 +119,7 @@ def test_accesses_are_16_bytes_where_alignment_allows() -> None:
         (View(4, 3, 49), 2, "window", 1),  # too few channels to fold, too small for edges
         (View(4, 3, 169), 2, "window", 4),
     ):
-        tile = planner.addressing(view, itemsize)
+        tile = views.addressing(view, itemsize)
         assert (tile.shape, tile.vec) == (shape, vec), view
 
 

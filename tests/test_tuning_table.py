@@ -13,8 +13,8 @@ import pytest
 
 from triton_brn import tuning_table
 from triton_brn.candidates import Choice
-from triton_brn.planner import View
 from triton_brn.tuning_table import Entry
+from triton_brn.views import View
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

@@ -6,21 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .planner import (
-    EDGES,
-    KEPT_REGISTERS,
-    MOST_WARPS,
-    STRATEGIES,
-    Device,
-    Plan,
-    Tile,
-    View,
-    _Call,
-    groups,
-    lacks,
-    power_of_two,
-    whole_splits,
-)
+from .planner import EDGES, KEPT_REGISTERS, MOST_WARPS, STRATEGIES, Device, Plan, _Call, lacks
+from .views import Tile, View, groups, power_of_two, whole_splits
 
 #: Programs along a grid's second axis at most, and arrivals that a word of the workspace counts.
 MOST_SPLITS = 65_535

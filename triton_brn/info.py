@@ -9,8 +9,9 @@ import torch
 
 from . import planner
 from .backend import obstacle, uses_triton
-from .planner import Device, Plan, View
+from .planner import Device, Plan
 from .version import __version__
+from .views import View
 
 DTYPES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp64": 8}
 #: Planned for where there is no GPU to plan for.

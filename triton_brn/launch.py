@@ -16,8 +16,9 @@ from .devices import INTERPRETED, current_stream, device_of
 from .kernels.backward import backward_kernel
 from .kernels.forward import forward_kernel
 from .kernels.inference import inference_kernel
-from .planner import Plan, View, view_of
+from .planner import Plan
 from .tuned import tuned_plan
+from .views import View, view_of
 
 _log = logging.getLogger(__name__)
 

@@ -7,17 +7,10 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+
+from .views import Tile, View, addressing, groups, length, power_of_two, vectors, whole_splits
 
 STRATEGIES = ("resident", "cluster", "cooperative", "blocked", "two_launch")
-
-
-class View(NamedTuple):
-    """A dense tensor as (outer, channels, inner): channel c is ``outer`` segments of ``inner`` elements."""
-
-    outer: int
-    channels: int
-    inner: int
 
 
 @dataclass(frozen=True)
@@ -42,36 +35,6 @@ class Device:
         """How many programs of so many registers a thread run at the same time; 0 if none may wait."""
         per_program = warps * self.warp * -(registers // -8) * 8  # they are handed out by eight
         return self.sms * (self.registers // per_program) if self.waits else 0
-
-
-class Tile(NamedTuple):
-    """What the kernels know of a plan when they are compiled, see kernels/tile.py."""
-
-    rows: bool  # tiles of [rows, channels]; else a tile holds vectors of one channel
-    folded: bool  # rows of whole maps
-    window: bool  # segments do not start at multiples of lead
-    edges: bool  # segments are no whole number of vectors
-    vec: int  # elements per access
-    lead: int  # elements of 32 bytes, what the memory's sectors hold
-    channels: int  # of a group
-    block: int = 0  # rows, or vectors, per tile
-    width: int = 0  # elements of a row, or of a vector, per tile
-    segments: int = 0  # whose edges make a tile
-    grain: int = 1  # splits are multiples of it
-    piece: int = 1  # partials of a group that are merged at a time
-    wide: bool = False  # int64 offsets
-
-    @property
-    def shape(self) -> str:
-        """The shape's name."""
-        if self.rows:
-            return "folded" if self.folded else "rows"
-        return "window" if self.window else "aligned"
-
-    @property
-    def elements(self) -> int:
-        """Of a tile, whether they exist or not."""
-        return self.block * self.width
 
 
 @dataclass(frozen=True)
@@ -138,12 +101,6 @@ SHARED, SHARED_BY_MANY, SHARED_ROWS = 8_192, 5_000, 6_000
 PROGRAMS_PER_SM = 4
 #: Segments whose edges make a tile of a loop.
 EDGES = 16
-#: Sectors of a map at least, for its edges to be a tile: of smaller maps that would be too large to keep.
-EDGES_FROM = 8
-#: Bytes of a folded row at most. Eight maps of 17x17 would be 2,312 elements in a row of 4,096, and take ten
-#: times the instructions of a window.
-FOLDED = 2_048
-
 _forced: str | None = None
 
 
@@ -259,12 +216,14 @@ class _Call:
         elements = self.total * width
         few = SHARED if elements < 4 * SHARED else SHARED_BY_MANY
         most = max(splits + splits // 8, elements // (SHARED_ROWS if self.tile.rows else few))
+        sms = self.device.sms
         ways = [
-            (slots, whole_splits(self.total, min(at_once // slots, most), full.grain))
-            for slots in range(1, min(n, at_once // splits) + 1)
+            (slots, whole_splits(self.total, min(programs // slots, most), full.grain))
+            for programs in (sms, at_once)
+            for slots in range(1, min(n, programs // splits) + 1)
         ]
-        # The least work for one program in all its turns; up to a tenth more, if that fills the device.
-        work = {way: -(n // -way[0]) * -(self.total // -way[1]) for way in ways}
+        # The least work for a multiprocessor in all turns; up to a tenth more, if that fills the device.
+        work = {(g, s): -(n // -g) * -(self.total // -s) * -(g * s // -sms) for g, s in ways}
         near = [way for way in ways if work[way] <= 1.1 * min(work.values())]
         slots, splits = max(near, key=lambda way: (way[0] * way[1], -work[way]))
         tile = self.kept(min(block, power_of_two(-(self.total // -splits))))
@@ -362,74 +321,3 @@ class _Call:
         wide = math.prod(self.view) >= 2**31 - 2**20
         piece = min(256, max(16, tile.elements // 16 // tile.channels))
         return tile._replace(wide=wide, piece=piece)
-
-
-def addressing(view: View, itemsize: int) -> Tile:
-    """How a view's elements are reached: 16-byte accesses wherever the tensor's size allows them."""
-    most, lead = 16 // itemsize, 32 // itemsize
-    if view.inner == 1:
-        return Tile(True, False, False, False, math.gcd(view.channels, most), lead, 0)
-    aligned = math.gcd(view.inner, most)
-    maps = most // aligned  # that begin at a multiple of 16 bytes
-    while maps * view.inner * itemsize < 32:
-        maps *= 2
-    folds = maps > 1 and maps <= view.channels and maps * view.inner * itemsize <= FOLDED
-    if folds and view.channels * view.inner % most == 0:
-        return Tile(True, True, False, False, most, lead, maps, width=power_of_two(maps * view.inner))
-    windowed = math.gcd(math.prod(view), most)  # the last window must not pass the tensor's end
-    if aligned * itemsize >= 8 or aligned == windowed or view.inner < EDGES_FROM * lead:
-        return Tile(False, False, view.inner % lead > 0, False, aligned, lead, 1, width=aligned)
-    return Tile(False, False, True, True, windowed, lead, 1, width=windowed)
-
-
-def length(view: View, tile: Tile) -> int:
-    """Rows, or vectors, of a channel, as in kernels/tile.py."""
-    if tile.rows:
-        return view.outer
-    return view.outer * vectors(view, tile)
-
-
-def vectors(view: View, tile: Tile) -> int:
-    """Vectors that a segment is given, as in kernels/tile.py."""
-    if tile.edges:
-        return view.inner // tile.lead * (tile.lead // tile.vec)
-    if tile.window:
-        return (view.inner + 2 * tile.lead - 2) // tile.lead * (tile.lead // tile.vec)
-    return view.inner // tile.vec
-
-
-def groups(view: View, tile: Tile) -> int:
-    """Channel groups."""
-    return -(-view.channels // tile.channels)
-
-
-def whole_splits(total: int, splits: int, grain: int) -> int:
-    """At most ``splits``, so many that none is empty when each is a multiple of ``grain``."""
-    per_split = -(total // -splits)
-    per_split = -(per_split // -grain) * grain
-    return -(-total // per_split)
-
-
-def power_of_two(n: int) -> int:
-    """The least power of two >= n."""
-    return 1 << (n - 1).bit_length()
-
-
-@functools.lru_cache(maxsize=4096)
-def view_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> View | None:
-    """A dense tensor's view, whatever the order of its axes in memory; None if it is not dense.
-
-    What lies outside the channel axis in memory is ``outer``, what lies inside it ``inner``: the
-    statistics do not depend on the order of the axes within either.
-    """
-    axes = sorted((axis for axis in range(len(shape)) if shape[axis] != 1), key=lambda axis: stride[axis])
-    elements = inner = 1
-    for axis in axes:
-        if stride[axis] != elements:
-            return None
-        if axis == 1:
-            inner = elements
-        elements *= shape[axis]
-    if shape[1] == 1:  # all of it is one contiguous segment
-        inner = elements
-    return View(elements // (shape[1] * inner), shape[1], inner)

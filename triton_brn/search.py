@@ -14,8 +14,9 @@ from torch import Tensor
 
 from . import candidates, launch, planner
 from .devices import INTERPRETED, device_of
-from .planner import Plan, view_of
+from .planner import Plan
 from .tuning_table import Entry
+from .views import view_of
 
 _log = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from . import candidates, planner, tuning_table
 from .devices import table_name
-from .planner import Device, Plan, View
+from .planner import Device, Plan
 from .tuning_table import Entry
+from .views import View
 
 _log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from .backend import obstacle, uses_triton
 from .modules import _BatchRenorm
-from .planner import view_of
 from .validate import DTYPES
+from .views import view_of
 
 DIRECTIONS = ("forward", "backward", "inference")
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from .candidates import Choice
-from .planner import STRATEGIES, View, addressing, power_of_two
+from .planner import STRATEGIES
 from .version import __version__
+from .views import View, addressing, power_of_two
 
 SHIPPED = Path(__file__).parent / "tables"
 MOST_BYTES = 4 << 20  # some 20,000 entries
@@ -40,7 +41,7 @@ class Entry:
 def key(direction: str, dtype: str, view: View, itemsize: int) -> str:
     """What a choice is good for: sizes count by the power of two that they are below.
 
-    The layout is the tile's shape, see planner.Tile: "aligned", "window", "folded" or "rows".
+    The layout is the tile's shape, see views.Tile: "aligned", "window", "folded" or "rows".
     """
     layout = addressing(view, itemsize).shape
     sizes = (power_of_two(view.outer * view.inner), power_of_two(view.channels))
