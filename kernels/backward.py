@@ -48,7 +48,7 @@ def backward_kernel(
 
     x, dy, dx: (outer, channels, inner). weight: (C,) or None. saved: (5, C), of the forward. grads:
     (dgamma (C,), dbeta (C,)), or (None, None) where nobody wants them. workspace: (partials
-    (splits, 2, C), published (3, C), words (1 + groups,), see barrier.py).
+    (splits, 2, C), published (3, C), words (1 + groups,), of which the first is the forward's).
 
     Programs own what they own in the forward, and KEEP and SPLIT mean what they mean there. SUMS and
     APPLY in training are one launch, or SUMS alone, then APPLY alone. Of inference, dx needs no sum:

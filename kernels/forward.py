@@ -58,8 +58,8 @@ def forward_kernel(
 
     x, y: (outer, channels, inner). affine: (weight (C,) or None, bias (C,) or None). running:
     (mean (C,), var (C,), step () or None). saved: (5, C), see ``finalise``. workspace:
-    (partials (splits, 3, C), published (2, C), words (1 + groups,), see barrier.py).
-    settings: (momentum, eps, r ramp, d ramp). T: see tile.py.
+    (partials (splits, 3, C), published (2, C), words (1 + groups,): one for ``count_batch``, then one
+    a group, see barrier.py). settings: (momentum, eps, r ramp, d ramp). T: see tile.py.
 
     A program owns one split (axis 1) of a channel group, then of the next group: as many groups at a
     time as axis 0 has programs.

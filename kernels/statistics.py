@@ -69,6 +69,7 @@ def merge(n_a, mean_a, rest_a, m2_a, n_b, mean_b, rest_b, m2_b):
     """The moments of the union of two sets (Chan, Golub and LeVeque 1979); either may be empty."""
     n = n_a + n_b
     share = n_b / tl.maximum(n, 1.0)
+    mean_a = tl.where(n_a > 0.0, mean_a, mean_b)  # from 0 to mean_b, delta would lose rest_b
     delta = (mean_b - mean_a) + (rest_b - rest_a)
     mean, rest = two_sum(mean_a, rest_a + delta * share)
     return n, mean, rest, m2_a + m2_b + delta * delta * (n_a * share)

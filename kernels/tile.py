@@ -187,7 +187,8 @@ def position(i, group, channels, inner, T: tl.constexpr):
 
 @triton.jit
 def load(pointer, place, STAT: tl.constexpr, KEPT: tl.constexpr):
-    """A tile in the dtype of the statistics, zero where masked. KEPT: an eviction policy of L2."""
+    """A tile in the dtype of the statistics, zero where masked. place: (offsets, mask) from ``locate``, or
+    what ``edges`` returns. KEPT: an eviction policy of L2."""
     if len(place) == 2:
         t = tl.load(pointer + place[0], mask=place[1], other=0.0, eviction_policy=KEPT)
     else:

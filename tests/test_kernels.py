@@ -20,6 +20,7 @@ from reference import (
     batch_renorm_reference,
     inference_reference,
     inputs,
+    lay_out,
     reference_gradients,
     sum_scales,
 )
@@ -178,6 +179,15 @@ def test_gradient_of_other_strides(strategy: str, device) -> None:
     case = inputs((2, 9, 5, 6), device=device)
     case.dy = case.dy[..., :1].expand(2, 9, 5, 6)
     check(case, strategy)
+
+
+@pytest.mark.parametrize("strategy", EVERYWHERE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_far_from_zero(strategy: str, layout: str, device) -> None:
+    """Mean 1e4, standard deviation 1e-2: a mean of one float32 would be off by 5 % of that."""
+    case = inputs((16, 9, 7, 9), layout=layout, device=device)
+    case.x = lay_out((torch.randn(case.x.shape) * 1e-2 + 1e4).to(device), layout)
+    check(case, strategy, r_max=1.0, d_max=0.0)
 
 
 @pytest.mark.parametrize("strategy", EVERYWHERE)

@@ -93,6 +93,43 @@ def test_pointers_that_are_not_aligned_get_kernels_of_their_own(device) -> None:
     shifted.x = storage[1:].view(SHAPE).copy_(shifted.x)
     check(shifted, "cooperative")
     assert {len(call.bound) for call in launch._calls.values()} == {2}
+    other = inputs(SHAPE, torch.bfloat16, device=device)  # x is aligned again, weight is not
+    other.weight = torch.cat((other.weight[:1], other.weight))[1:]
+    check(other, "cooperative")
+    assert {len(call.bound) for call in launch._calls.values()} == {3}
+
+
+def test_saved_statistics_may_come_back_elsewhere(device) -> None:
+    """saved_tensors_hooks may return them at an address of another alignment."""
+
+    def moved(t: torch.Tensor) -> torch.Tensor:
+        return torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view(t.shape).copy_(t)
+
+    check(inputs(SHAPE, device=device), "cooperative")
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, moved):
+        check(inputs(SHAPE, device=device), "cooperative")
+
+
+def test_another_forward_between_two_launches(device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads share a stream's workspace."""
+    original, between = launch.Call.launch, []
+
+    def interrupted(self, *args):
+        done = original(self, *args)
+        if not between:
+            between.append(True)
+            batch_renorm(*inputs(SHAPE, device=device, first=3).args, training=True)
+        return done
+
+    monkeypatch.setattr(launch.Call, "launch", interrupted)
+    check(inputs(SHAPE, device=device), "two_launch")
+
+
+def test_retreat_where_nothing_is_kept(device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a graph capture."""
+    monkeypatch.setattr(launch.Call, "fits", lambda self, compiled: False)
+    monkeypatch.setattr(launch, "_calls", type("Forgets", (dict,), {"__setitem__": lambda *args: None})())
+    check(inputs((8, 40, 40, 40), torch.float32, "channels_last", device=device))
 
 
 @pytest.mark.parametrize("strategy", ["cooperative", "blocked", "two_launch"])

@@ -46,7 +46,7 @@ def test_plans_cover_the_tensor(direction: str, itemsize: int, device: Device) -
             assert (how.groups - 1) * tile.channels < view.channels <= how.groups * tile.channels
             assert how.slots <= how.groups
             assert how.splits <= 65_535, "the limit of CUDA's second grid axis, and of kernels/barrier.py"
-            assert tile.wide == (math.prod(view) >= 2**31 - 2**20)
+            assert tile.wide == (math.prod(view) >= 2**31 - 2**20)  # of windows, see below
             sizes = [tile.vec, tile.block, tile.width, tile.channels, tile.piece, how.num_warps, how.num_ctas]
             for size in sizes + [tile.segments] * tile.edges:
                 assert size & (size - 1) == 0, f"{size} is not a power of two"
@@ -121,6 +121,18 @@ def test_accesses_are_16_bytes_where_alignment_allows() -> None:
     ):
         tile = views.addressing(view, itemsize)
         assert (tile.shape, tile.vec) == (shape, vec), view
+
+
+@pytest.mark.parametrize(
+    ("view", "wide"),
+    [
+        (View(70_000_000, 2, 3), True),  # 420 million elements, but 2,240 million vectors to number
+        (View(1, 2, 1_000_000_001), True),  # the tile of edges passes the end by 15 segments
+        (View(1_000_000, 64, 25), False),
+    ],
+)
+def test_windows_number_more_vectors_than_there_are(view: View, wide: bool) -> None:
+    assert plan("forward", view, 2, H100).tile.wide == wide
 
 
 def test_rows_tiles_hold_whole_sectors() -> None:

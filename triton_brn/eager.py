@@ -108,7 +108,8 @@ def moments(dense: Tensor, running_mean: Tensor) -> tuple[Tensor, Tensor]:
 
 def is_far(ratio: Tensor) -> bool:
     """Whether any |mean| / std is above FAR. The sum of their squares says no in one operation."""
-    return float(ratio.dot(ratio)) > FAR**2 and float(ratio.abs().max()) > FAR
+    # Not "> FAR": where one channel is NaN, others may be far.
+    return not float(ratio.dot(ratio)) <= FAR**2 and not float(ratio.abs().max()) <= FAR
 
 
 def centred(dense: Tensor, mean: Tensor) -> Tensor:

@@ -32,13 +32,13 @@ def forward(  # type: ignore[no-untyped-def]
     saved = running_mean.new_empty((5, call.view.channels))
     running = (running_mean, running_var, step)
     settings = numbers((momentum, eps, tuple(r_max), tuple(d_max)))
-    arguments = (x, y, (weight, bias), running, saved, call.workspace, *call.view, settings)
+    arguments = (x, y, (weight, bias), running, saved, call.workspace(saved), *call.view, settings)
     inputs = (x, weight, bias, *running)
     for statistics, apply in call.phases():
         flags = (statistics, apply, call.plan.kept, call.plan.split, average_std)
         if not call.launch(forward_kernel, arguments, flags, inputs):
             args = (momentum, eps, r_max, d_max, average_std)
-            return forward(x, weight, bias, *running, *args)
+            return forward(x, weight, bias, *running, *args, call)
     torch.autograd.graph.increment_version([t for t in running if t is not None])  # autograd saw nothing
     return y, saved
 
@@ -63,15 +63,15 @@ def backward(dy, x, weight, saved, training, needs, call=None):  # type: ignore[
     dx = torch.empty_like(x) if needs[0] else None
     wanted = needs[1] or needs[2]
     grads = (like.new_empty(channels), like.new_empty(channels)) if wanted else (None, None)
-    arguments = (x, dy, dx, weight, saved, grads, call.workspace, *call.view)
+    arguments = (x, dy, dx, weight, saved, grads, call.workspace(saved), *call.view)
     if dx is None:
         phases: tuple[tuple[bool, bool], ...] = ((True, False),)
     else:
         phases = call.phases() if training else ((wanted, True),)
     for sums, apply in phases:
         flags = (training, sums, apply, call.plan.kept, call.plan.split)
-        if not call.launch(backward_kernel, arguments, flags, (x, dy, dx, weight, *grads)):
-            return backward(dy, x, weight, saved, training, needs)
+        if not call.launch(backward_kernel, arguments, flags, (x, dy, dx, weight, saved, *grads)):
+            return backward(dy, x, weight, saved, training, needs, call)
     return x.new_empty(0) if dx is None else dx, *(like.new_empty(0) if g is None else g for g in grads)
 
 
@@ -96,15 +96,18 @@ class Call:
         self.words = buffer(x, self.plan.groups + 1, torch.int32)
         self.partials = self.published = None
         if self.plan.split:
+            # Of inference, the forward exchanges nothing: what a call of its kind needs is for its backward.
             partials, published = EXCHANGED["forward" if self.direction == "forward" else "backward"]
             sizes = (self.plan.splits * partials * self.view.channels, published * self.view.channels)
             sizes = (-(sizes[0] // -32) * 32, sizes[1])  # both begin at multiples of 128 bytes
             self.partials, self.published = buffer(x, sum(sizes), statistics)[: sum(sizes)].split(sizes)
         self.bound: dict[Any, Any] = {}
 
-    @property
-    def workspace(self) -> tuple[Tensor | None, ...]:
-        return self.partials, self.published, self.words
+    def workspace(self, saved: Tensor) -> tuple[Tensor | None, ...]:
+        published = self.published
+        if published is not None and len(self.phases()) > 1:  # another thread's launches may come between
+            published = saved.new_empty(published.shape)
+        return self.partials, published, self.words
 
     def phases(self) -> tuple[tuple[bool, bool], ...]:
         """The launches: whether each makes statistics, or sums, and whether it applies them."""
@@ -120,11 +123,8 @@ class Call:
                 kernel[grid](*arguments, *constants)
                 return True
             key: tuple[Any, ...] = flags
-            addresses = 0
             for t in inputs:
-                key += (None if t is None else t.dtype,)
-                addresses |= 0 if t is None else t.data_ptr()
-            key += (addresses % 16,)
+                key += (None,) if t is None else (t.dtype, t.data_ptr() % 16 == 0)
             run = self.bound.get(key)
             if run is None:
                 compiled = kernel.warmup(*arguments, *constants, grid=grid, **self.plan.options(self.device))
@@ -171,7 +171,8 @@ def prepared(
         if view is None:
             _log.debug("input of shape %s, strides %s is not dense: copied", tuple(x.shape), x.stride())
             return prepared(direction, x.clone(memory_format=torch.preserve_format), statistics)
-        call = Call(direction, view, x, statistics)
+        with on_device(x):
+            call = Call(direction, view, x, statistics)
         if not capturing:  # a graph owns what it was captured with
             if len(_calls) >= 4096:
                 _calls.clear()
@@ -191,8 +192,9 @@ def buffer(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """At least ``size`` zeros, which the kernels leave so where they need them so; one buffer per device,
     stream and dtype."""
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        # Zeroed by the graph's replay, not now: not for others.
-        return torch.zeros(size, dtype=dtype, device=x.device)
+        # Zeroed by the graph's replay, not now: not for others. Only the words need it.
+        make = torch.zeros if dtype == torch.int32 else torch.empty
+        return make(size, dtype=dtype, device=x.device)
     key = (x.device, 0 if INTERPRETED else current_stream(x.device.index or 0), dtype)
     found = _buffers.get(key)
     if found is None or found.numel() < size:

@@ -111,8 +111,14 @@ def _caller(name: str) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         x = args[0]
+        second = args[1]
         traced = (
-            torch.compiler.is_compiling() or type(x) not in _PLAIN or x.is_meta or _len_torch_dispatch_stack()
+            torch.compiler.is_compiling()
+            or type(x) not in _PLAIN
+            or x.is_meta
+            or _len_torch_dispatch_stack()
+            or x.is_neg()  # the dispatcher resolves it
+            or (second is not None and second.is_neg())
         )
         return (operator if traced else implementation)(*args)
 

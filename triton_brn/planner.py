@@ -133,7 +133,8 @@ def plan(direction: str, view: View, itemsize: int, device: Device, strategy: st
     """The plan for ``direction`` ("forward", "backward", "inference").
 
     Args:
-        direction: what runs; "inference" is the forward with running statistics.
+        direction: what runs; "inference" is the forward with running statistics, and its backward. Neither
+            waits for statistics: the plan is that of two_launch, whatever strategy is asked for.
         view: the tensor's sizes, none of them 0.
         itemsize: bytes per element of x.
         device: where it runs.
@@ -317,7 +318,10 @@ class _Call:
         return self.tile._replace(width=width, channels=width)
 
     def finished(self, tile: Tile) -> Tile:
-        # A tile may reach past the end, by less than 2**20 elements.
-        wide = math.prod(self.view) >= 2**31 - 2**20
+        # A window gives a segment more vectors than it has. A tile may pass the end by less than 2**20.
+        reach = math.prod(self.view)
+        if not tile.rows:
+            reach = max(reach, (self.view.outer + tile.segments) * vectors(self.view, tile))
+        wide = reach >= 2**31 - 2**20
         piece = min(256, max(16, tile.elements // 16 // tile.channels))
         return tile._replace(wide=wide, piece=piece)
