@@ -203,3 +203,25 @@ def test_results_repeat_bit_by_bit(device) -> None:
     for y, dx in runs[1:]:
         assert torch.equal(y, runs[0][0])
         assert torch.equal(dx, runs[0][1])
+
+
+def test_a_nan_channel_leaves_a_far_one_as_it_was(backend: str, device) -> None:
+    x = far_from_zero((512, 2), "contiguous", device)
+    mean, var = torch.full((2,), 1e4, device=device), torch.full((2,), 2e-4, device=device)
+    clean = batch_renorm(x, mean.clone(), var.clone(), training=True)
+    x[0, 0] = float("nan")
+    y = batch_renorm(x, mean, var, training=True)
+    assert torch.equal(y[:, 1], clean[:, 1])
+    assert y[:, 0].isnan().all()
+
+
+def test_a_tensor_that_is_a_view_of_its_negative(backend: str, device) -> None:
+    x = torch.randn(6, 5, device=device)
+    mean, var = torch.zeros(5, device=device), torch.ones(5, device=device)
+    results = []
+    for given in (-x, torch._neg_view(x)):
+        given = given.requires_grad_()
+        y = batch_renorm(given, mean.clone(), var.clone(), training=True)
+        results.append((y, *torch.autograd.grad(y.square().sum(), given)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
