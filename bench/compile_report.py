@@ -49,6 +49,7 @@ VIEWS = (
     View(32, 1024, 196),  # folded, in float32 a window without edges
     View(256, 1024, 196),
     View(32, 2048, 49),
+    View(256, 512, 56),
     View(512, 2048, 49),
     View(4, 192, 1225),  # window
     View(4, 32, 22_201),

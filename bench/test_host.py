@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ class Compiled:
     """A compiled kernel that does nothing when it is launched."""
 
     n_regs, n_spills = 128, 0
+    metadata = SimpleNamespace(shared=0)
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return lambda *args, stream: None

@@ -5,6 +5,9 @@ On a GPU or an emulator of one. Triton's interpreter launches kernels itself, on
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from reference import batch_renorm_reference, inputs
@@ -40,14 +43,19 @@ def test_a_grid_that_does_not_fit_falls_back(device, monkeypatch: pytest.MonkeyP
     assert "would not run at the same time" in caplog.text
 
 
-def test_fits_counts_registers(device) -> None:
-    case = inputs(SHAPE, device=device)
-    run(case, "cooperative", training=True)
+def test_fits_counts_registers_and_shared_memory(device) -> None:
+    run(inputs(SHAPE, device=device), "cooperative", training=True)
     call = next(iter(launch._calls.values()))
-    compiled = type("Compiled", (), {"n_regs": 255})
-    assert call.fits(compiled)
-    call.device = type(call.device)("small", sms=1, registers=65_536)
-    assert call.fits(compiled) == (call.plan.slots * call.plan.splits <= 2)
+    call.plan = replace(call.plan, slots=2, splits=2, num_warps=4)
+    call.device = replace(call.device, sms=2, registers=65_536, shared=100_000)
+    for registers, shared, fits in (
+        (255, 0, True),
+        (256, 48_000, True),
+        (257, 0, False),
+        (32, 49_000, False),
+    ):
+        compiled = SimpleNamespace(n_regs=registers, metadata=SimpleNamespace(shared=shared))
+        assert call.fits(compiled) == fits
 
 
 def test_streams_have_workspaces_of_their_own(device, monkeypatch: pytest.MonkeyPatch) -> None:

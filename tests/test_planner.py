@@ -111,6 +111,8 @@ def test_accesses_are_16_bytes_where_alignment_allows() -> None:
         (View(4, 64, 3136), 4, "aligned", 4),
         (View(4, 64, 196), 2, "folded", 8),  # two 14x14 maps are 784 bytes
         (View(4, 64, 196), 4, "window", 4),
+        (View(4, 64, 56), 2, "folded", 8),  # 7x8 is half a sector too long
+        (View(4, 64, 64), 2, "aligned", 8),
         (View(4, 64, 1225), 2, "window", 8),
         (View(4, 64, 49), 4, "folded", 4),
         (View(4, 64, 1), 2, "rows", 8),

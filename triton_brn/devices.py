@@ -45,6 +45,7 @@ def device_at(index: int) -> Device:
         capability=target.arch if nvidia else 0,
         triton=(int(major), int(minor)),
         registers=properties["max_num_regs"],
+        shared=properties["max_shared_mem"],
         warp=target.warp_size,
         l2=L2_BYTES.get(target.arch, 0),
     )

@@ -138,8 +138,9 @@ class Call:
         return True
 
     def fits(self, compiled: Any) -> bool:
-        """Whether all programs of the grid run at the same time, by the registers it was compiled to."""
-        programs = self.device.co_resident(self.plan.num_warps, compiled.n_regs)
+        """Whether all programs of the grid run at the same time, by what the kernel was compiled to."""
+        shared = compiled.metadata.shared
+        programs = self.device.co_resident(self.plan.num_warps, compiled.n_regs, shared)
         return self.plan.slots * self.plan.splits <= programs
 
     def retreat(self, x: Tensor, statistics: torch.dtype) -> None:

@@ -22,6 +22,7 @@ class Device:
     capability: int = 0  # CUDA compute capability, 90 for 9.0; 0 elsewhere
     triton: tuple[int, int] = (3, 6)
     registers: int = 65_536  # of 32 bits, per multiprocessor
+    shared: int = 0  # bytes of shared memory that a program can have; 0: not known
     warp: int = 32  # threads
     l2: int = 0  # bytes; 0: not known
     waits: bool = True  # programs run side by side, and one may wait for another
@@ -31,10 +32,13 @@ class Device:
         """Whether programs can share a tile. Triton 3.6 and 3.7 cannot compile their reductions."""
         return 90 <= self.capability < 120 and self.triton >= (3, 8)
 
-    def co_resident(self, warps: int, registers: int) -> int:
-        """How many programs of so many registers a thread run at the same time; 0 if none may wait."""
-        per_program = warps * self.warp * -(registers // -8) * 8  # they are handed out by eight
-        return self.sms * (self.registers // per_program) if self.waits else 0
+    def co_resident(self, warps: int, registers: int, shared: int = 0) -> int:
+        """How many programs of so many registers a thread, and bytes of shared memory, run at the same
+        time; 0 if none may wait."""
+        each = self.registers // (warps * self.warp * -(registers // -8) * 8)  # they are handed out by eight
+        if self.shared:
+            each = min(each, self.shared // (shared + 1024))  # CUDA keeps a kilobyte of each program's
+        return self.sms * each if self.waits else 0
 
 
 @dataclass(frozen=True)

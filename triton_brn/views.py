@@ -6,7 +6,8 @@ import functools
 import math
 from typing import NamedTuple
 
-#: Sectors of a map at least, for its edges to be a tile: of smaller maps that would be too large to keep.
+#: Sectors of a map at least, for its edges to be a tile, or for it to share its first and last sector with
+#: its neighbours: of smaller maps the tile is too large to keep, or what is shared too much of the whole.
 EDGES_FROM = 8
 #: Bytes of a folded row at most. Eight maps of 17x17 would be 2,312 elements in a row of 4,096, and take ten
 #: times the instructions of a window.
@@ -58,6 +59,8 @@ def addressing(view: View, itemsize: int) -> Tile:
         return Tile(True, False, False, False, math.gcd(view.channels, most), lead, 0)
     aligned = math.gcd(view.inner, most)
     maps = most // aligned  # that begin at a multiple of 16 bytes
+    if maps == 1 and view.inner % lead and view.inner < EDGES_FROM * lead:
+        maps = 2  # 7x8 in bfloat16 is three and a half sectors: a window would move 1.23 times the least
     while maps * view.inner * itemsize < 32:
         maps *= 2
     folds = maps > 1 and maps <= view.channels and maps * view.inner * itemsize <= FOLDED
