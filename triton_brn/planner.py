@@ -100,7 +100,7 @@ LOOPED_REGISTERS, LOOPED_REGISTERS_MORE = 128, 168
 #: Elements of a program at least, where larger ones would leave multiprocessors idle: what every warp
 #: reads of its channels' numbers is then below 5 % of the traffic, of rows below 10 %. Where a channel is
 #: shared by four or more programs, the one that finalises weighs less.
-SHARED, SHARED_BY_MANY, SHARED_ROWS = 8_192, 5_000, 6_000
+SHARED, SHARED_BY_MANY, SHARED_ROWS = 8_192, 5_000, 5_400
 #: Programs per multiprocessor that a launch aims at where none waits.
 PROGRAMS_PER_SM = 4
 #: Segments whose edges make a tile of a loop.
