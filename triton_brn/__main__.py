@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     about = commands.add_parser("info", help="versions, devices, and the launch plan for a shape")
-    about.add_argument("--shape", type=shape, help="N,C or N,C,...: show how such an input is run")
+    about.add_argument("--shape", type=benchmark.shape_of, help="N,C or N,C,...: how such an input is run")
     about.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the input (default: fp32)")
     about.add_argument("--channels-last", action="store_true", help="the input's memory format")
     demo = commands.add_parser("demo", help="BatchNorm against Batch Renormalization on 5,000 MNIST digits")
@@ -56,7 +56,7 @@ def _add_tune(commands: Any) -> None:
     tune = commands.add_parser("tune", help="find this device's fastest launch plans and store them")
     tune.add_argument(
         "--shape",
-        type=shape,
+        type=benchmark.shape_of,
         action="append",
         metavar="N,C,...",
         help="an input, as often as you like (default: the layers of ResNet-50 at batch 32)",
@@ -67,14 +67,6 @@ def _add_tune(commands: Any) -> None:
     tune.add_argument(
         "--budget", type=float, default=math.inf, metavar="SECONDS", help="end after so long (default: never)"
     )
-
-
-def shape(text: str) -> tuple[int, ...]:
-    """A shape as written on the command line: ``32,64,56,56``."""
-    sizes = tuple(int(size) for size in text.split(","))
-    if len(sizes) < 2 or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"expected N,C or N,C,..., all at least 1, got {text}")
-    return sizes
 
 
 if __name__ == "__main__":

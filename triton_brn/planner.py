@@ -241,9 +241,8 @@ class _Call:
         for row_bytes in (128, 64, 32):
             tile = self.looped(row_bytes)
             each = self.view.outer * self.view.inner * tile.channels * self.itemsize
-            if (
-                each * tensors <= self.device.l2
-            ):  # what passes through L2 between two reads of a tile, at most
+            # What passes through L2 between two reads of a tile, at most.
+            if each * tensors <= self.device.l2:
                 break
         if each * (tensors - 1) > self.device.l2:
             return f"a channel group takes {each * (tensors - 1):,} bytes, L2 holds {self.device.l2:,}"
