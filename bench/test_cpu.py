@@ -13,10 +13,19 @@ import pytest
 import torch
 from torch import nn
 
-from triton_brn._bench_measure import Times, no_garbage_collection, one_round, ratio, wall_clock
+from triton_brn import BatchRenorm1d, BatchRenorm2d
+from triton_brn._bench_measure import (
+    Times,
+    keep_freed_memory,
+    no_garbage_collection,
+    one_round,
+    ratio,
+    wall_clock,
+)
 from triton_brn._bench_peers import OURS, call_of, peers
 
 ROUNDS = 40
+FIRST_STEPS = f"{OURS}, new"
 
 
 @dataclass(frozen=True)
@@ -41,15 +50,18 @@ SPEEDUP = 3.0  # over torchrl, everywhere
 
 
 def layers(case: Case) -> dict[str, nn.Module]:
-    """The contestants, all affine, all training, with their default settings."""
+    """The contestants, all affine and training: ours with r_max=3, d_max=5, and as a new layer has it, 1 and 0."""
     wanted = [peer for peer in peers("cpu") if peer.name in (OURS, "BatchNorm", "torchrl")]
     device = torch.device("cpu")
-    return {p.name: p.make(case.shape, device, torch.float32) for p in wanted if not p.missing}
+    new = (BatchRenorm1d if len(case.shape) == 2 else BatchRenorm2d)(case.shape[1])
+    made = {p.name: p.make(case.shape, device, torch.float32) for p in wanted if not p.missing}
+    return {FIRST_STEPS: new, **made}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_training_step(case: Case, benchmark, table: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_BRN_BACKEND", "eager")
+    keep_freed_memory()
     torch.manual_seed(0)
     x, dy = torch.randn(case.shape), torch.randn(case.shape)
     if case.layout == "channels_last":
@@ -68,18 +80,19 @@ def test_training_step(case: Case, benchmark, table: list[str], monkeypatch: pyt
 
 def report(case: Case, times: Times) -> list[str]:
     """The lines of one case: ms per step, ratios to BatchNorm, speed-up over torchrl, targets."""
-    form = "  {:12}{:>10}{:>11}{:>13}{:>11}".format
+    form = "  {:16}{:>10}{:>11}{:>13}{:>11}".format
     lines = ["", str(case), form("", "best ms", "median ms", "/ BatchNorm", "x torchrl")]
     for name, block in times.items():
         slower = f"{ratio(times, name, 'BatchNorm'):.2f}"
         faster = f"{ratio(times, 'torchrl', name):.1f}" if "torchrl" in times else "-"
         best, median = f"{min(block) * 1e3:.3f}", f"{statistics.median(block) * 1e3:.3f}"
         lines.append(form(name, best, median, slower, faster))
-    holds = ratio(times, OURS, "BatchNorm") <= case.target
-    lines.append(f"  target: at most {case.target} BatchNorm: {verdict(holds)}")
-    if "torchrl" in times:
-        holds = ratio(times, "torchrl", OURS) >= SPEEDUP
-        lines.append(f"  target: at least {SPEEDUP:g} times as fast as torchrl: {verdict(holds)}")
+    for ours in (FIRST_STEPS, OURS):
+        holds = ratio(times, ours, "BatchNorm") <= case.target
+        lines.append(f"  {ours}: at most {case.target} BatchNorm: {verdict(holds)}")
+        if "torchrl" in times:
+            holds = ratio(times, "torchrl", ours) >= SPEEDUP
+            lines.append(f"  {ours}: at least {SPEEDUP:g} times as fast as torchrl: {verdict(holds)}")
     return lines
 
 

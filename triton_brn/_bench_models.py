@@ -13,7 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._bench_measure import QUICK, Call, Effort, peak_memory, quantile, ratio, rounds, stamp, wall_clock
+from ._bench_measure import (
+    QUICK,
+    Call,
+    Effort,
+    keep_freed_memory,
+    peak_memory,
+    quantile,
+    ratio,
+    rounds,
+    stamp,
+    wall_clock,
+)
 from ._bench_peers import OURS, PlainBatchRenorm
 from .convert import convert_batchnorm
 
@@ -134,6 +145,8 @@ def measure_model(
         steps[peer] = training_step(model, images, labels)
         steps[peer]()
     cuda = device.type == "cuda"
+    if not cuda:
+        keep_freed_memory()
     wait: Call = torch.cuda.synchronize if cuda else lambda: None
     times = rounds(steps, wall_clock(1, wait), effort)
     return [

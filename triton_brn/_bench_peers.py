@@ -70,9 +70,9 @@ def batch_norm(shape: Sequence[int]) -> nn.Module:
 
 
 def batch_renorm(shape: Sequence[int]) -> nn.Module:
-    """Our layer for inputs of this shape."""
+    """Our layer for inputs of this shape, with the limits that the default ramps reach."""
     kinds = {2: BatchRenorm1d, 3: BatchRenorm1d, 4: BatchRenorm2d, 5: BatchRenorm3d}
-    return kinds[len(shape)](shape[1])
+    return kinds[len(shape)](shape[1], r_max=3.0, d_max=5.0)
 
 
 def _plain(shape: Sequence[int]) -> nn.Module:

@@ -22,6 +22,7 @@ from ._bench_measure import (
     block_of,
     captured,
     copy_bandwidth,
+    keep_freed_memory,
     launches,
     peak_memory,
     quantile,
@@ -205,6 +206,7 @@ def ready(layers: Layers, x: Tensor, dy: Tensor, direction: str) -> tuple[dict[s
 
 def measure_cpu(layers: Layers, x: Tensor, dy: Tensor, direction: str, effort: Effort) -> Measured:
     """Wall clock, in blocks of calls."""
+    keep_freed_memory()
     calls, notes = ready(layers, x, dy, direction)
     return Measured(times=rounds(calls, wall_clock(block_of(calls)), effort), notes=notes)
 

@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+
+#: What backward takes: mean, what rounding took from it (None: nothing), 1 / sigma_B, r, d (None: 1 and 0) and
+#: gamma * r (None: 1), each (C,). To stack and unstack them costs as much as a pass over a small x.
+Rows: TypeAlias = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 #: |mean| / std from which x is centred first. torch's kernels compute x * a + b, which loses there what
 #: float32 has left: at mean 1e4, std 1e-2 BatchNorm's own y is off by 3 %. It costs two passes more.
@@ -22,41 +27,50 @@ FAR = 1000.0
 
 
 def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_max, d_max, average_std):  # type: ignore[no-untyped-def]
-    """Algorithm 1 of Ioffe (2017); updates the running statistics. Returns y and saved (5, C)."""
+    """Algorithm 1 of Ioffe (2017); updates the running statistics. Returns y and ``Rows``."""
     dense = as_dense(x)
     mean, var = moments(dense, running_mean)
-    offset = scalar(eps, var.dtype)
-    std = (var + offset).sqrt_()
-    at, rest = mean, torch.zeros_like(mean)
-    if x.is_cpu and x.dtype == mean.dtype and is_far(mean / std):
+    offset = constant(eps, var)
+    biased = var + offset
+    at, rest = mean, None
+    # The mean of x^2 over sigma_B^2: 1 + (mean / std)^2, NaN where a number is not finite. One sum says that
+    # no channel is unusual. On a device it would wait.
+    square = torch.addcmul(var, mean, mean).div_(biased)
+    usual = x.is_cpu and float(square.dot(square)) <= FAR**4
+    if not usual and x.is_cpu and x.dtype == mean.dtype and is_far(mean / biased.sqrt()):
         dense = centred(dense, mean)  # exact, for x is close to its mean
-        rest, var = moments(dense, running_mean)
-        at = rest
-        std = (var + offset).sqrt_()
+        at, var = moments(dense, running_mean)
+        rest, biased = at, var + offset
+    std = biased.sqrt_()
     running_std = (running_var + offset).sqrt_()
     batches = int(step) if step is not None and step.is_cpu else step  # on a device: no waiting for it
     r_limit, d_limit = limit_at(r_max, batches), limit_at(d_max, batches)
-    r = (std / running_std).clamp_(1 / r_limit, r_limit)
-    d = mean - running_mean
-    d = (d if at is mean else d.add_(rest)).div_(running_std).clamp_(-d_limit, d_limit)
-
-    if weight is None:
-        scale, shift = r, d if bias is None else d + bias
+    if is_number(r_limit, 1) and is_number(d_limit, 0):  # batch normalization
+        r = d = None
+        scale, shift = (v if v is None or v.dtype == var.dtype else v.to(var.dtype) for v in (weight, bias))
     else:
-        scale, shift = weight * r, weight * d if bias is None else torch.addcmul(bias, weight, d)
+        r = (std / running_std).clamp_(1 / r_limit, r_limit)
+        d = mean - running_mean
+        d = (d if rest is None else d.add_(rest)).div_(running_std).clamp_(-d_limit, d_limit)
+        if weight is None:
+            scale, shift = r, d if bias is None else d + bias
+        else:
+            scale, shift = weight * r, weight * d if bias is None else torch.addcmul(bias, weight, d)
     alpha = momentum if momentum >= 0 else 1 / (batches + 1)
     if average_std:  # (sigma + alpha (sigma_B - sigma))^2 - eps
         sigma = running_std.lerp_(std, alpha)
-        new_var = sigma.mul_(sigma).sub_(offset).clamp_min_(0)
+        new_var, finite = torch.addcmul(constant(-eps, var), sigma, sigma), usual
     else:
         count = x.numel() // x.shape[1]
         new_var = running_var.lerp(var * (count / (count - 1)), alpha)
-    update(running_mean, running_var, mean, new_var, alpha)
+        finite = x.is_cpu and float(new_var.sum()) < math.inf
+    update(running_mean, running_var, mean, new_var, alpha, finite)
     if step is not None:
-        step += 1
-    saved = torch.stack((mean, rest, std.reciprocal(), r, d))
+        step.fill_(batches + 1) if step.is_cpu else step.add_(1)
+    rstd = std.reciprocal()
+    saved = (mean, rest, rstd, r, d, scale)
     # Last: the passes over x put the code of the many operations on C numbers out of the caches.
-    return like(normalised(dense, at, var, std, scale, shift, eps), x), saved
+    return like(normalised(dense, at, var, rstd, scale, shift, eps), x), saved
 
 
 def inference(x, weight, bias, running_mean, running_var, eps, save):  # type: ignore[no-untyped-def]
@@ -70,19 +84,31 @@ def inference(x, weight, bias, running_mean, running_var, eps, save):  # type: i
     return y, torch.stack((running_mean, zero, (running_var + eps).rsqrt_(), zero + 1, zero))
 
 
-def backward(dy, x, weight, saved, training, needs):  # type: ignore[no-untyped-def]
+def stacked(rows: Rows) -> Tensor:
+    """``Rows`` as the operators return it: saved (5, C)."""
+    mean, rest, rstd, r, d, _ = rows
+    zero = torch.zeros_like(mean)
+    others = (zero if rest is None else rest, rstd, zero + 1 if r is None else r, zero if d is None else d)
+    return torch.stack((mean, *others))
+
+
+def unstacked(saved: Tensor, weight: Tensor | None) -> Rows:
+    mean, rest, rstd, r, d = saved.unbind()
+    # Only on the CPU is there a rest; elsewhere one would wait to see it.
+    return mean, rest if rest.is_cpu and bool(rest.any()) else None, rstd, r, d, r if weight is None else weight * r
+
+
+def backward(dy, x, weight, rows, training, needs):  # type: ignore[no-untyped-def]
     """Gradients; r and d are constants. dgamma = r sum(dy xn) + d sum(dy), xn = (x - mean)/sigma_B."""
-    dtype = saved.dtype if weight is None else weight.dtype
+    mean, rest, rstd, r, d, scale = rows
+    dtype = mean.dtype if weight is None else weight.dtype
     wants_vectors = needs[1] or needs[2]
     if x.numel() == 0 or not any(needs):
-        vector = saved.new_zeros(x.shape[1] if wants_vectors else 0, dtype=dtype)
+        vector = mean.new_zeros(x.shape[1] if wants_vectors else 0, dtype=dtype)
         return torch.zeros_like(x) if needs[0] else x.new_empty(0), vector, torch.zeros_like(vector)
-    mean, rest, rstd, r, d = saved.unbind()
     dense = as_dense(x)
-    if x.is_cpu and float(rest.dot(rest)):  # any() takes three times as long
-        dense = centred(dense, mean)
-        mean = rest
-    scale = r if weight is None else weight * r
+    if rest is not None:
+        dense, mean = centred(dense, mean), rest
     stats = (None if training else mean, None if training else rstd**-2, mean, rstd)
     mask = [needs[0], wants_vectors, wants_vectors]
     # dy laid out as x: torch's path for mixed layouts is slow and sums half-precision dy in half.
@@ -91,8 +117,9 @@ def backward(dy, x, weight, saved, training, needs):  # type: ignore[no-untyped-
     )
     dx = like(dx, x) if needs[0] else x.new_empty(0)
     if not wants_vectors:
-        return dx, saved.new_empty(0, dtype=dtype), saved.new_empty(0, dtype=dtype)
-    dgamma.mul_(r).addcmul_(d, dbeta)
+        return dx, mean.new_empty(0, dtype=dtype), mean.new_empty(0, dtype=dtype)
+    if r is not None:
+        dgamma.mul_(r).addcmul_(d, dbeta)
     if dtype == dgamma.dtype:  # Tensor.to takes 1 us to see it
         return dx, dgamma, dbeta
     return dx, dgamma.to(dtype), dbeta.to(dtype)
@@ -116,12 +143,13 @@ def centred(dense: Tensor, mean: Tensor) -> Tensor:
     return dense - mean.view(1, -1, *[1] * (dense.ndim - 2))
 
 
-def normalised(dense, mean, var, std, scale, shift, eps):  # type: ignore[no-untyped-def]
-    """(dense - mean) / std * scale + shift."""
-    if dense.ndim == 2 and dense.dtype == scale.dtype:
-        # 34 us at (256, 1024), where torch's batch-norm kernel takes 90.
-        a = scale / std
-        return torch.addcmul(torch.addcmul(shift, mean, a, value=-1), dense, a)
+def normalised(dense, mean, var, rstd, scale, shift, eps):  # type: ignore[no-untyped-def]
+    """(dense - mean) * rstd * scale + shift; scale and shift may be None: 1 and 0."""
+    if dense.ndim == 2 and dense.dtype == rstd.dtype:
+        # 27 us at (256, 1024), where torch's batch-norm kernel takes 90.
+        a = rstd if scale is None else scale * rstd
+        b = -mean * a if shift is None else torch.addcmul(shift, mean, a, value=-1)
+        return torch.addcmul(b, dense, a)
     return torch.native_batch_norm(dense, scale, shift, mean, var, False, 0.0, eps)[0]
 
 
@@ -135,22 +163,31 @@ def limit_at(limit: list[float], batches: Tensor | int | None) -> Tensor | float
     return start + (stop - start) * position
 
 
-def update(running_mean, running_var, mean, new_var, alpha):  # type: ignore[no-untyped-def]
+def is_number(limit: Tensor | float, number: float) -> bool:
+    """Whether the limit is known to be ``number``: one on a device is not waited for."""
+    return not isinstance(limit, Tensor) and limit == number
+
+
+def update(running_mean, running_var, mean, new_var, alpha, finite):  # type: ignore[no-untyped-def]
     """A NaN or inf in x makes var NaN, and so new_var: that channel keeps its running statistics."""
-    if new_var.is_cpu and float(new_var.dot(new_var)) < math.inf:  # the common case: all are finite
+    if finite:  # known of all channels: the common case
         running_mean.lerp_(mean, alpha)
-        running_var.copy_(new_var)
+        torch.clamp(new_var, 0, math.inf, out=running_var)
         return
-    finite = new_var < scalar(math.inf, new_var.dtype)
-    torch.where(finite, running_mean.lerp(mean, alpha), running_mean, out=running_mean)
-    torch.where(finite, new_var, running_var, out=running_var)
+    keep = new_var < constant(math.inf, new_var)
+    torch.where(keep, running_mean.lerp(mean, alpha), running_mean, out=running_mean)
+    torch.where(keep, new_var.clamp_min_(0), running_var, out=running_var)
+
+
+def constant(value: float, vector: Tensor) -> Tensor:
+    """``value`` as a tensor that operations with ``vector`` take: on the CPU of its shape, which is quickest."""
+    return _constant(value, vector.dtype, vector.shape[0] if vector.is_cpu else None)
 
 
 @functools.lru_cache(maxsize=64)
-def scalar(value: float, dtype: torch.dtype) -> Tensor:
-    """``value`` as a 0-dim tensor; on the CPU, from where torch's operations take it to any device."""
+def _constant(value: float, dtype: torch.dtype, size: int | None) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype, device="cpu")
+        return torch.full(() if size is None else (size,), value, dtype=dtype, device="cpu")
 
 
 def as_dense(x: Tensor) -> Tensor:

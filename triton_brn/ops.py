@@ -11,7 +11,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch._C import _AutoDispatchBelowAutograd, _len_torch_dispatch_stack
+from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowAutograd,
+    _len_torch_dispatch_stack,
+)
 
 from . import eager
 from .backend import uses_triton
@@ -40,13 +45,28 @@ _library.define(
 )
 
 
-def _backend(device: torch.device) -> ModuleType:
-    """The module that serves ``device``; the Triton one is imported when first needed."""
+class _Plain:
+    """The operators in plain PyTorch."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        y, rows = eager.forward(*args)
+        return y, eager.stacked(rows)
+
+    inference = staticmethod(eager.inference)
+
+    @staticmethod
+    def backward(dy: Tensor, x: Tensor, weight: Tensor | None, saved: Tensor, *flags: Any) -> Any:
+        return eager.backward(dy, x, weight, eager.unstacked(saved, weight), *flags)
+
+
+def _backend(device: torch.device) -> ModuleType | type[_Plain]:
+    """What serves ``device``; the Triton module is imported when first needed."""
     if uses_triton(device):
         from . import launch
 
         return launch
-    return eager
+    return _Plain
 
 
 def _operator(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,7 +119,7 @@ class OPS:
     backward = torch.ops.triton_brn.backward.default
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def _caller(name: str) -> Callable[..., Any]:
@@ -112,17 +132,22 @@ def _caller(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         x = args[0]
         second = args[1]
-        traced = (
-            torch.compiler.is_compiling()
-            or type(x) not in _PLAIN
-            or x.is_meta
-            or _len_torch_dispatch_stack()
-            or x.is_neg()  # the dispatcher resolves it
-            or (second is not None and second.is_neg())
-        )
-        return (operator if traced else implementation)(*args)
+        # The dispatcher resolves negative views.
+        direct = not (is_traced(x) or x.is_meta or x.is_neg() or (second is not None and second.is_neg()))
+        return (implementation if direct else operator)(*args)
 
     return call
+
+
+def is_traced(x: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS or bool(_len_torch_dispatch_stack())
+    )
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether ``eager`` may be called without an operator: on the CPU, where nobody looks on."""
+    return x.is_cpu and not (is_traced(x) or _are_functorch_transforms_active() or uses_triton(x.device))
 
 
 forward, inference, backward = (_caller(name) for name in ("forward", "inference", "backward"))

@@ -37,24 +37,32 @@ def check_tensors(
         raise TypeError(f"input: expected float32, float16, bfloat16 or float64, got {_name(x.dtype)}")
     if x.ndim < 2:
         raise ValueError(f"input: expected (N, C) or (N, C, ...), got {x.ndim} dimension(s)")
-    stats = statistics_dtype(x.dtype)
-    for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
-        _check_vector(name, statistic, x, (stats,))
-        if statistic.requires_grad or not statistic.is_contiguous():
+    stats = (statistics_dtype(x.dtype),)
+    affine = (x.dtype, *stats)
+    vectors = (
+        ("running_mean", running_mean, stats),
+        ("running_var", running_var, stats),
+        ("weight", weight, affine),
+        ("bias", bias, affine),
+    )
+    device, shape = x.device, x.shape[1:2]
+    for name, v, dtypes in vectors:
+        if v is None:
+            continue
+        if v.shape != shape or v.dtype not in dtypes or v.device != device:
+            _refuse(name, v, x, dtypes)
+        if dtypes is stats and (v.requires_grad or not v.is_contiguous()):
             raise ValueError(f"{name}: expected a contiguous tensor that does not require grad")
-    if weight is not None:
-        _check_vector("weight", weight, x, (x.dtype, stats))
-    if bias is not None:
-        _check_vector("bias", bias, x, (x.dtype, stats))
-        if weight is not None and weight.dtype != bias.dtype:
-            raise TypeError(f"bias: expected weight's dtype {_name(weight.dtype)}, got {_name(bias.dtype)}")
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        raise TypeError(f"bias: expected weight's dtype {_name(weight.dtype)}, got {_name(bias.dtype)}")
     if step is not None:
         if step.numel() != 1 or step.dtype != torch.int64:
             raise TypeError(
                 "num_batches_tracked: expected a scalar int64 tensor, "
                 f"got {_name(step.dtype)} of shape {tuple(step.shape)}"
             )
-        _check_device("num_batches_tracked", step, x)
+        if step.device != device:
+            raise ValueError(_elsewhere("num_batches_tracked", step, x))
 
 
 def check_batch(x: Tensor, step: Tensor | None, settings: tuple[Any, ...]) -> None:
@@ -72,21 +80,20 @@ def check_batch(x: Tensor, step: Tensor | None, settings: tuple[Any, ...]) -> No
                 raise ValueError(f"num_batches_tracked: a Ramp as {name} needs it")
 
 
-def _check_vector(name: str, v: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def _refuse(name: str, v: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     channels = x.shape[1]
-    if v.ndim != 1 or v.shape[0] != channels:
+    if v.shape != x.shape[1:2]:
         raise ValueError(
             f"{name}: expected shape ({channels},) for an input of {channels} channels, got {tuple(v.shape)}"
         )
     if v.dtype not in dtypes:
         allowed = " or ".join(dict.fromkeys(map(_name, dtypes)))
         raise TypeError(f"{name}: expected {allowed} for a {_name(x.dtype)} input, got {_name(v.dtype)}")
-    _check_device(name, v, x)
+    raise ValueError(_elsewhere(name, v, x))
 
 
-def _check_device(name: str, t: Tensor, x: Tensor) -> None:
-    if t.device != x.device:
-        raise ValueError(f"{name}: expected the input's device {x.device}, got {t.device}")
+def _elsewhere(name: str, t: Tensor, x: Tensor) -> str:
+    return f"{name}: expected the input's device {x.device}, got {t.device}"
 
 
 def _name(dtype: torch.dtype) -> str:
