@@ -50,7 +50,7 @@ SPEEDUP = 3.0  # over torchrl, everywhere
 
 
 def layers(case: Case) -> dict[str, nn.Module]:
-    """The contestants, all affine and training: ours with r_max=3, d_max=5, and as a new layer has it, 1 and 0."""
+    """The contestants, affine and training: ours with r_max=3, d_max=5, and new, with 1 and 0."""
     wanted = [peer for peer in peers("cpu") if peer.name in (OURS, "BatchNorm", "torchrl")]
     device = torch.device("cpu")
     new = (BatchRenorm1d if len(case.shape) == 2 else BatchRenorm2d)(case.shape[1])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LAYOUTS = ("contiguous", "channels_last")  # what the kernels read directly
 ODD_LAYOUTS = ("gaps", "offset", "permuted")  # every second element; misaligned; the axes stored in reverse
@@ -194,6 +194,17 @@ def inputs(
         move(bias),
         lay_out(dy.to(device), layout),
     )
+
+
+def from_case(layer: nn.Module, case: Inputs) -> nn.Module:
+    """``layer`` with the statistics and parameters of the case."""
+    layer = layer.to(case.x.device)
+    with torch.no_grad():
+        layer.running_mean.copy_(case.running_mean)
+        layer.running_var.copy_(case.running_var)
+        layer.weight.copy_(case.weight)
+        layer.bias.copy_(case.bias)
+    return layer
 
 
 def lay_out(t: Tensor, layout: str) -> Tensor:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import assert_accurate, batch_renorm_reference, error, lay_out, reference_gradients
+from reference import (
+    assert_accurate,
+    batch_renorm_reference,
+    error,
+    inputs,
+    lay_out,
+    reference_gradients,
+    sum_scales,
+)
 from torch import Tensor, nn
 
-from triton_brn import BatchRenorm1d, BatchRenorm2d, batch_renorm
+from triton_brn import BatchRenorm1d, BatchRenorm2d, batch_renorm, eager
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -70,6 +78,30 @@ def test_a_large_mean_with_correction(layout: str, backend: str, device) -> None
     theirs = nn.BatchNorm2d(64).to(device)(x)
     their_truth = batch_renorm_reference(x, mean, var, r_max=1.0, d_max=0.0).y
     no_worse(batch_renorm(x, mean, var, training=True), truth.y, theirs, their_truth, backend)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 15.0, 17.0])
+def test_many_rows(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain PyTorch has a backward of its own for them, of the form x * a + b, where that is exact enough."""
+    monkeypatch.setenv("TRITON_BRN_BACKEND", "eager")
+    case = inputs((2048, 128))
+    mean, std = case.x.mean(0), case.x.std(0)
+    case.x += (torch.arange(128) == 5) * (ratio * std - mean)  # one channel lies far from zero
+    before = case.running_mean.clone(), case.running_var.clone()
+    truth = batch_renorm_reference(*case.args)
+    taken, wide_backward = [], eager.wide_backward
+    monkeypatch.setattr(eager, "wide_backward", lambda *args: taken.append(1) or wide_backward(*args))
+
+    leaves = [t.requires_grad_() for t in (case.x, case.weight, case.bias)]
+    y = batch_renorm(*case.args, training=True)
+    grads = torch.autograd.grad(y, leaves, case.dy)
+    assert bool(taken) == (ratio < eager.NEAR)
+    if ratio < eager.NEAR:
+        assert_accurate(y, truth.y)
+    expected = reference_gradients(case.dy, case.x, *before, case.weight, case.bias)
+    assert_accurate(grads[0], expected[0])
+    for grad, value, scale in zip(grads[1:], expected[1:], sum_scales(case.dy, case.x, *before), strict=True):
+        assert_accurate(grad, value, scale=scale)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3e4, 1e-30])

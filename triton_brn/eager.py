@@ -3,23 +3,23 @@
 torch's own native batch-norm kernels do the passes over x, so a large map costs what BatchNorm
 costs: given mu_B and sigma_B, Algorithm 1 is batch norm with the weight gamma*r and the bias
 beta + gamma*d. The rest works on C numbers, where an operation costs 1.5 us, and 4 us if it takes
-a Python number: small inputs are as fast as these are few. Hence the in-place forms and ``scalar``.
+a Python number: small inputs are as fast as these are few. Hence the in-place forms and ``constant``.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 aten = torch.ops.aten
 
-#: What backward takes, each (C,): mean, what rounding took from it (None: nothing), 1 / sigma_B, r, d (None: 1 and
-#: 0), gamma * r (None: 1), and gamma * r / sigma_B for ``rows_backward`` (None: torch's own kernel).
-Rows: TypeAlias = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+#: What backward takes, each (C,) or None: mean, what rounding took from it (None: nothing), 1 / sigma_B,
+#: r (1), d (0), gamma * r (1), and gamma * r / sigma_B for ``wide_backward`` (torch's own kernel).
+Saved: TypeAlias = tuple[Any, ...]
 
 #: |mean| / std from which x is centred first. torch's kernels compute x * a + b, which loses there what
 #: float32 has left: at mean 1e4, std 1e-2 BatchNorm's own y is off by 3 %. It costs two passes more.
@@ -29,7 +29,7 @@ NEAR = 16.0
 
 
 def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_max, d_max, average_std):  # type: ignore[no-untyped-def]
-    """Algorithm 1 of Ioffe (2017); updates the running statistics. Returns y and ``Rows``."""
+    """Algorithm 1 of Ioffe (2017); updates the running statistics. Returns y and ``Saved``."""
     dense = as_dense(x)
     mean, var = moments(dense, running_mean)
     offset = constant(eps, var)
@@ -92,24 +92,25 @@ def inference(x, weight, bias, running_mean, running_var, eps, save):  # type: i
     return y, torch.stack((running_mean, zero, (running_var + eps).rsqrt_(), zero + 1, zero))
 
 
-def stacked(rows: Rows) -> Tensor:
-    """``Rows`` as the operators return it: saved (5, C)."""
-    mean, rest, rstd, r, d, *_ = rows
-    zero = torch.zeros_like(mean)
+def stacked(saved: Saved) -> Tensor:
+    """``Saved`` as the operators return it, (5, C)."""
+    mean, rest, rstd, r, d, *_ = saved
+    zero = torch.zeros_like(rstd)
     others = (zero if rest is None else rest, rstd, zero + 1 if r is None else r, zero if d is None else d)
     return torch.stack((mean, *others))
 
 
-def unstacked(saved: Tensor, weight: Tensor | None) -> Rows:
+def unstacked(saved: Tensor, weight: Tensor | None) -> Saved:
+    """``Saved`` from what an operator returned."""
     mean, rest, rstd, r, d = saved.unbind()
     scale = r if weight is None else weight * r
     # There is a rest on the CPU only; elsewhere one would wait to see that.
     return mean, rest if rest.is_cpu and bool(rest.any()) else None, rstd, r, d, scale, None
 
 
-def backward(dy, x, weight, rows, training, needs):  # type: ignore[no-untyped-def]
+def backward(dy, x, weight, saved, training, needs):  # type: ignore[no-untyped-def]
     """Gradients; r and d are constants. dgamma = r sum(dy xn) + d sum(dy), xn = (x - mean)/sigma_B."""
-    mean, rest, rstd, r, d, scale, a = rows
+    mean, rest, rstd, r, d, scale, a = saved
     dtype = mean.dtype if weight is None else weight.dtype
     wants_vectors = needs[1] or needs[2]
     if x.numel() == 0 or not any(needs):
@@ -120,7 +121,7 @@ def backward(dy, x, weight, rows, training, needs):  # type: ignore[no-untyped-d
         dense, mean = centred(dense, mean), rest
     dy = like(dy, dense)  # torch's path for mixed layouts is slow and sums half-precision dy in half
     if a is not None and needs[0]:
-        dx, dgamma, dbeta = rows_backward(dy, dense, mean, rstd, a)
+        dx, dgamma, dbeta = wide_backward(dy, dense, mean, rstd, a)
     else:
         stats = (None if training else mean, None if training else rstd**-2, mean, rstd)
         mask = [needs[0], wants_vectors, wants_vectors]
@@ -133,7 +134,7 @@ def backward(dy, x, weight, rows, training, needs):  # type: ignore[no-untyped-d
     return dx, in_dtype(dgamma, dtype), in_dtype(dbeta, dtype)
 
 
-def rows_backward(dy, x, mean, rstd, a):  # type: ignore[no-untyped-def]
+def wide_backward(dy, x, mean, rstd, a):  # type: ignore[no-untyped-def]
     """native_batch_norm_backward of (N, C) in training: its sums, then dx = a dy + slope x + shift.
 
     Up to 15 % quicker from 2**18 elements and 128 channels on, measured to 2**22.
@@ -164,7 +165,7 @@ def centred(dense: Tensor, mean: Tensor) -> Tensor:
     return dense - mean.view(1, -1, *[1] * (dense.ndim - 2))
 
 
-def limit_at(limit: list[float], batches: Tensor | int | None) -> Tensor | float:
+def limit_at(limit: list[float], batches: Any) -> Any:
     """The clipping limit (start, stop, begin, end) for the batch that ``batches`` came before."""
     start, stop, begin, end = limit
     if start == stop or batches is None:
@@ -195,7 +196,7 @@ def update(running_mean, running_var, mean, new_var, alpha, finite):  # type: ig
 
 
 def constant(value: float, vector: Tensor) -> Tensor:
-    """``value`` as a tensor that operations with ``vector`` take: on the CPU of its shape, which is quickest."""
+    """``value`` for operations with ``vector``: on the CPU a tensor of its shape, which is quickest."""
     return _constant(value, vector.dtype, vector.shape[0] if vector.is_cpu else None)
 
 

@@ -157,7 +157,7 @@ class _PlainTraining(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, running_mean, running_var, step, settings):  # type: ignore[no-untyped-def]
         with _AutoDispatchBelowAutograd():  # saves 2 us per torch operation where inputs require grad
-            y, ctx.rows = eager.forward(x, weight, bias, running_mean, running_var, step, *settings)
+            y, ctx.saved = eager.forward(x, weight, bias, running_mean, running_var, step, *settings)
         ctx.save_for_backward(x, weight)
         return y
 
@@ -167,7 +167,7 @@ class _PlainTraining(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         with _AutoDispatchBelowAutograd():
-            grads = eager.backward(dy, x, weight, ctx.rows, True, needs)
+            grads = eager.backward(dy, x, weight, ctx.saved, True, needs)
         return (*_wanted(needs, grads), None, None, None, None)
 
 

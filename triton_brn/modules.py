@@ -117,7 +117,7 @@ class _BatchRenorm(nn.Module):
             raise ValueError(f"input: expected {ranks} input for {type(self).__name__}, got {input.ndim}D")
         if input.shape[1] != self.num_features:
             raise ValueError(f"input: expected {self.num_features} channels, got {input.shape[1]}")
-        buffers = self._buffers  # as attributes they cost 2 us
+        buffers: dict[str, Any] = self._buffers  # as attributes they cost 2 us
         return batch_renorm(
             input,
             buffers["running_mean"],

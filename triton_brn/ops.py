@@ -50,8 +50,8 @@ class _Plain:
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        y, rows = eager.forward(*args)
-        return y, eager.stacked(rows)
+        y, saved = eager.forward(*args)
+        return y, eager.stacked(saved)
 
     inference = staticmethod(eager.inference)
 
@@ -140,9 +140,7 @@ def _caller(name: str) -> Callable[..., Any]:
 
 
 def is_traced(x: Tensor) -> bool:
-    return (
-        torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS or bool(_len_torch_dispatch_stack())
-    )
+    return torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS or bool(_len_torch_dispatch_stack())
 
 
 def is_plain(x: Tensor) -> bool:
