@@ -155,7 +155,7 @@ def sums_of_split(
     KEPT: tl.constexpr = "evict_last" if TRAINING and APPLY else ""
     tile_g = tl.full([T.block, T.width], 0.0, STAT)
     tile_gx = tile_g
-    for start in range(begin, end, T.block):
+    for start in tl.range(begin, end, T.block, num_stages=T.stages):
         place = locate(start, end, group, channels, inner, T)
         g = load(dy, place, STAT, KEPT)
         t = load(x, place, STAT, KEPT)
@@ -201,7 +201,7 @@ def apply_to_split(
         for segment in range(first, last, T.segments):
             e_place = edges(segment, begin, end, group, channels, inner, T)
             apply_to_tile(x, dy, dx, e_place, mean, a, k, c, TRAINING, STAT)
-    for start in range(begin, end, T.block):
+    for start in tl.range(begin, end, T.block, num_stages=T.stages):
         place = locate(mirrored(start, begin, end, T), end, group, channels, inner, T)
         apply_to_tile(x, dy, dx, place, mean, a, k, c, TRAINING, STAT)
 

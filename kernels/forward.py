@@ -181,7 +181,7 @@ def moments_of_split(
     pivot = channel_sum(t, inner, T) / tl.maximum(channel_sum(n + tl.zeros_like(t), inner, T), 1.0)
     mean_p = tl.where(seen, t - spread(pivot, inner, T), 0.0)
     m2_p = tl.zeros_like(t)
-    for start in range(begin + T.block, end, T.block):
+    for start in tl.range(begin + T.block, end, T.block, num_stages=T.stages):
         place = locate(start, end, group, channels, inner, T)
         t = load(x, place, STAT, KEPT) - spread(pivot, inner, T)
         n, mean_p, m2_p = welford(t, rows_or_vectors(start, end, place, T), n, mean_p, m2_p)
@@ -209,7 +209,7 @@ def normalise_split(
             e_place = edges(segment, begin, end, group, channels, inner, T)
             e = load(x, e_place, STAT, "evict_first")
             store(y, e_place, (e - mean) * a + b)
-    for start in range(begin, end, T.block):
+    for start in tl.range(begin, end, T.block, num_stages=T.stages):
         place = locate(mirrored(start, begin, end, T), end, group, channels, inner, T)
         t = load(x, place, STAT, "evict_first")
         store(y, place, (t - mean) * a + b)

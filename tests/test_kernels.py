@@ -279,6 +279,25 @@ def test_int64_offsets(strategy: str, layout: str, device, monkeypatch: pytest.M
     run(inputs((2, 9, 5, 5), torch.bfloat16, layout, device=device), training=False)
 
 
+@pytest.mark.parametrize("shape", [(700, 9), (1500, 8), (9, 3, 31, 32), (9, 3, 31, 31), (100, 17, 7, 7)])
+@pytest.mark.parametrize("stages", [2, 4] if GPU.capability else [2])
+@pytest.mark.parametrize("strategy", [s for s in ("blocked", "two_launch") if s in STRATEGIES])
+def test_tiles_that_are_on_their_way(strategy: str, stages: int, shape, device, monkeypatch) -> None:
+    """Loops that load tiles ahead, as tuning tries them; the interpreter has no notion of it."""
+    original = planner.plan
+
+    def ahead(*args):
+        how = original(*args)
+        splits = views.whole_splits(views.length(args[1], how.tile), 2, how.tile.grain)
+        assert views.length(args[1], how.tile) > 2 * splits * how.tile.block, "loops of two tiles at least"
+        return dataclasses.replace(how, splits=splits, tile=how.tile._replace(stages=stages))
+
+    monkeypatch.setattr(planner, "plan", ahead)
+    monkeypatch.setattr(launch, "_calls", {})
+    check(inputs(shape, torch.bfloat16, device=device), strategy)
+    run(inputs(shape, torch.bfloat16, device=device), training=False)
+
+
 def test_past_2_31_elements(device) -> None:
     """Channel 0 of a (9, 2**17, 2**11) tensor, in place; all but 18,432 elements stay untouched."""
     from triton_brn.kernels.inference import inference_kernel

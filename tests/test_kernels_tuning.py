@@ -296,5 +296,6 @@ def check_plan(plan: planner.Plan, view: View, device: Device) -> None:
     assert 1 <= plan.slots <= plan.groups
     assert plan.splits <= 65_535
     assert not plan.waits or runs_at_once(plan, device)
-    for power in (plan.tile.block, plan.tile.width, plan.num_warps, plan.num_ctas):
+    for power in (plan.tile.block, plan.tile.width, plan.num_warps, plan.num_ctas, plan.tile.stages):
         assert power & (power - 1) == 0
+    assert plan.tile.stages <= (1 if plan.kept else 4)

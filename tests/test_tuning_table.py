@@ -19,7 +19,7 @@ from triton_brn.views import View
 pytest.importorskip("triton", reason="Triton is not installed")
 
 NAME = "NVIDIA Something 80GB"
-CHOICE = Choice("cluster", 4096, 8, 4, 2, 512, 1)
+CHOICE = Choice("cluster", 4096, 8, 4, 2, 512, 1, 1)
 ENTRY = Entry(CHOICE, 9.5, 10.0, True)
 DEFAULT = Entry(None, 10.0, 10.0, False)
 
@@ -97,6 +97,7 @@ FAULTS = {
     "ctas": True,
     "slots": 2**40,
     "splits": None,
+    "stages": 0,
     "us": float("nan"),
     "default_us": "fast",
     "finished": 1,

@@ -6,12 +6,22 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .planner import EDGES, KEPT_REGISTERS, MOST_WARPS, STRATEGIES, Device, Plan, _Call, lacks
+from .planner import (
+    EDGES,
+    KEPT_REGISTERS,
+    LOOPED_REGISTERS_MORE,
+    MOST_WARPS,
+    STRATEGIES,
+    Device,
+    Plan,
+    _Call,
+    lacks,
+)
 from .views import Tile, View, groups, power_of_two, whole_splits
 
 #: Programs along a grid's second axis at most, and arrivals that a word of the workspace counts.
 MOST_SPLITS = 65_535
-MOST_CLUSTER, MOST_WARPS_LOOPED = 16, 16
+MOST_CLUSTER, MOST_WARPS_LOOPED, MOST_STAGES = 16, 16, 4
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,7 @@ class Choice:
     ctas: int  # programs of a cluster
     slots: int  # channel groups served at a time, at most
     splits: int  # programs along a channel
+    stages: int  # tiles of a loop on their way at a time: from 2 on they wait in shared memory
 
 
 #: Steps from one choice to its neighbours: what is doubled, and what is halved.
@@ -35,6 +46,7 @@ STEPS = (
     (("ctas",), ()),
     (("slots",), ()),
     (("splits",), ()),
+    (("stages",), ()),
     (("block", "warps"), ()),
     (("width",), ("block",)),
     (("ctas",), ("warps",)),
@@ -45,7 +57,7 @@ STEPS = (
 def choice_of(plan: Plan) -> Choice:
     """The numbers of a plan."""
     tile = plan.tile
-    numbers = (tile.block, tile.width, plan.num_warps, plan.num_ctas, plan.slots, plan.splits)
+    numbers = (tile.block, tile.width, plan.num_warps, plan.num_ctas, plan.slots, plan.splits, tile.stages)
     return Choice(plan.strategy, *numbers)
 
 
@@ -83,19 +95,20 @@ def planned(choice: Choice, direction: str, view: View, itemsize: int, device: D
     """
     if direction == "inference" and choice.strategy != "two_launch":
         return None
-    numbers = (choice.block, choice.width, choice.warps, choice.ctas)
+    numbers = (choice.block, choice.width, choice.warps, choice.ctas, choice.stages)
     if any(n < 1 or n & (n - 1) for n in numbers) or choice.slots < 1 or choice.splits < 1:
         return None
     if lacks(choice.strategy, device) or (choice.ctas > 1 and choice.strategy != "cluster"):
+        return None
+    loops = choice.strategy in ("blocked", "two_launch")
+    if choice.stages > (MOST_STAGES if loops else 1):
         return None
     call = _Call(direction, view, itemsize, device)
     if choice.strategy in ("resident", "cluster"):
         return _whole(choice, call)
     if choice.strategy == "cooperative":
         return _cooperative(choice, call)
-    if choice.strategy in ("blocked", "two_launch"):
-        return _looped(choice, call)
-    return None
+    return _looped(choice, call) if loops else None
 
 
 def _whole(choice: Choice, call: _Call) -> Plan | None:
@@ -138,7 +151,8 @@ def _looped(choice: Choice, call: _Call) -> Plan | None:
     tile = call.wide_rows(choice.width * call.itemsize)
     block = min(choice.block, power_of_two(call.total))
     segments = EDGES if tile.edges else 0
-    tile = call.finished(tile._replace(block=block, segments=segments, grain=block))
+    tile = call.finished(tile._replace(block=block, segments=segments, grain=block, stages=choice.stages))
+    registers = call.looped_registers if choice.stages == 1 else LOOPED_REGISTERS_MORE
     if choice.warps > MOST_WARPS_LOOPED or not _fills(tile, choice.warps, call):
         return None
     if tile.elements > choice.warps * call.device.warp * call.per_thread():
@@ -150,13 +164,14 @@ def _looped(choice: Choice, call: _Call) -> Plan | None:
     if choice.strategy == "blocked":
         tensors = 3 if call.direction == "backward" else 2
         each = call.view.outer * call.view.inner * tile.channels * call.itemsize
-        at_once = call.device.co_resident(choice.warps, call.looped_registers)
+        shared = choice.stages * tile.elements * call.itemsize * (tensors - 1) if choice.stages > 1 else 0
+        at_once = call.device.co_resident(choice.warps, registers, shared)
         if each * (tensors - 1) > call.device.l2 or not at_once:
             return None
         slots = min(choice.slots, n, max(1, call.device.l2 // (each * tensors)), at_once)
         most = min(most, at_once // slots)
     splits = whole_splits(call.total, min(choice.splits, most), tile.block)
-    return Plan(choice.strategy, tile, n, slots, splits, choice.warps, call.looped_registers)
+    return Plan(choice.strategy, tile, n, slots, splits, choice.warps, registers)
 
 
 def _fills(tile: Tile, warps: int, call: _Call) -> bool:

@@ -264,7 +264,8 @@ class _Call:
     @property
     def looped_registers(self) -> int:
         """Registers of a thread that loops."""
-        return LOOPED_REGISTERS_MORE if self.tile.folded or self.itemsize == 8 else LOOPED_REGISTERS
+        more = self.tile.folded or self.itemsize == 8 or (self.tile.rows and self.ragged)
+        return LOOPED_REGISTERS_MORE if more else LOOPED_REGISTERS
 
     def keeps(self, waits: bool) -> int:
         """Elements that a warp keeps."""

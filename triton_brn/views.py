@@ -37,6 +37,7 @@ class Tile(NamedTuple):
     segments: int = 0  # whose edges make a tile
     grain: int = 1  # splits are multiples of it
     piece: int = 1  # partials of a group that are merged at a time
+    stages: int = 1  # tiles of a loop on their way at a time
     wide: bool = False  # int64 offsets
 
     @property
