@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from . import benchmark
-from .info import DTYPES, info
+from .info import info
+from .validate import NAMED_DTYPES
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     about = commands.add_parser("info", help="versions, devices, and the launch plan for a shape")
     about.add_argument("--shape", type=benchmark.shape_of, help="N,C or N,C,...: how such an input is run")
-    about.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the input (default: fp32)")
+    about.add_argument("--dtype", choices=NAMED_DTYPES, default="fp32", help="of the input (default: fp32)")
     about.add_argument("--channels-last", action="store_true", help="the input's memory format")
     demo = commands.add_parser("demo", help="BatchNorm against Batch Renormalization on 5,000 MNIST digits")
     demo.add_argument("--quick", action="store_true", help="a quarter of the steps")
@@ -61,7 +62,7 @@ def _add_tune(commands: Any) -> None:
         metavar="N,C,...",
         help="an input, as often as you like (default: the layers of ResNet-50 at batch 32)",
     )
-    tune.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the inputs (default: bf16)")
+    tune.add_argument("--dtype", choices=NAMED_DTYPES, default="bf16", help="of the inputs (default: bf16)")
     tune.add_argument("--channels-last", action="store_true", help="inputs of that memory format")
     tune.add_argument("--device", help="where to tune (default: the accelerator)")
     tune.add_argument(

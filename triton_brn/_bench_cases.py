@@ -8,14 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .validate import NAMED_DTYPES
+
 Shape = tuple[int, ...]
 
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
 DIRECTIONS = ("forward", "backward", "both", "inference")
 #: Tensors that a direction must read or write once: x, y; x, dy, dx; all of them.
 IDEAL_TENSORS = {"forward": 2, "backward": 3, "both": 5, "inference": 2}
@@ -34,7 +30,7 @@ class Case:
     """One input."""
 
     shape: Shape
-    dtype: str = "fp32"  # a key of DTYPES
+    dtype: str = "fp32"  # a key of NAMED_DTYPES
     layout: str = "contiguous"
 
     def __str__(self) -> str:
@@ -48,7 +44,7 @@ class Case:
     @property
     def tensor_bytes(self) -> int:
         """Of x."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * NAMED_DTYPES[self.dtype].itemsize
 
     def ideal_bytes(self, direction: str) -> int:
         """What a direction must move when each tensor is read or written once."""
@@ -67,7 +63,7 @@ class Case:
         )
         made = []
         for t in (x, torch.randn(self.shape, generator=generator)):
-            t = t.to(device, DTYPES[self.dtype])
+            t = t.to(device, NAMED_DTYPES[self.dtype])
             if self.layout == "channels_last":
                 t = t.contiguous(memory_format=memory_format(len(self.shape)))
             made.append(t)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .tuning import Tuned, served_device, tune
+from .validate import NAMED_DTYPES
 
 #: What is tuned unless shapes are given: the layers of ResNet-50 at batch 32.
 SHAPES = (
@@ -23,12 +24,6 @@ SHAPES = (
     (32, 512, 7, 7),
     (32, 2048, 7, 7),
 )
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
 
 
 def run_tune(
@@ -47,7 +42,7 @@ def run_tune(
         where = served_device() if device is None else torch.device(device)
         results = tune(
             shapes,
-            dtype=DTYPES[dtype],
+            dtype=NAMED_DTYPES[dtype],
             channels_last=channels_last,
             device=where,
             budget=budget,

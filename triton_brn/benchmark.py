@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ._bench_cases import DIRECTIONS, DTYPES, ON_IMAGES, PRESETS, Case, Shape, default_cases, preset_shapes
+from ._bench_cases import DIRECTIONS, ON_IMAGES, PRESETS, Case, Shape, default_cases, preset_shapes
+from .validate import NAMED_DTYPES
 
 EXTRAS = ("matplotlib", "rich", "tqdm")
 MODELS = ("resnet18", "resnet50")
@@ -54,7 +55,7 @@ def add_command(commands: Any) -> None:
         choices=MODELS,
         help="a training step of a whole network instead, images 64x64, on a GPU 224x224",
     )
-    add("--dtype", choices=list(DTYPES), nargs="+", help="(default: fp32 on the CPU, else bf16)")
+    add("--dtype", choices=list(NAMED_DTYPES), nargs="+", help="(default: fp32 on the CPU, else bf16)")
     add("--channels-last", action="store_true", help="maps in channels_last")
     add("--direction", choices=DIRECTIONS, nargs="+", help="(default: all; --quick: forward, both)")
     add("--quick", action="store_true", help="two inputs, short, nothing compiled")

@@ -70,8 +70,10 @@ def batch_renorm(
     """
     settings = settings_of(momentum, eps, r_max, d_max, running_average)
     check_tensors(input, running_mean, running_var, weight, bias, num_batches_tracked)
-    weight = weight if weight is None else weight.contiguous()
-    bias = bias if bias is None else bias.contiguous()
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
     if not training:
         if needs_grad(input, weight, bias):
             return _Inference.apply(input, weight, bias, running_mean, running_var, eps)

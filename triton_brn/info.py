@@ -10,10 +10,10 @@ import torch
 from . import planner
 from .backend import obstacle, uses_triton
 from .planner import Device, Plan
+from .validate import NAMED_DTYPES
 from .version import __version__
 from .views import View
 
-DTYPES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp64": 8}
 #: Planned for where there is no GPU to plan for.
 EXAMPLE = Device("an NVIDIA H100, for example", 132, 90, (3, 9), l2=50 << 20)
 
@@ -39,7 +39,7 @@ def info(shape: tuple[int, ...] | None = None, dtype: str = "fp32", channels_las
         layout = "channels_last" if channels_last else "contiguous"
         for gpu in gpus or [EXAMPLE]:
             lines += ["", f"{shape}, {dtype}, {layout} on {gpu.name}:"]
-            lines += _plans(view, DTYPES[dtype], gpu)
+            lines += _plans(view, NAMED_DTYPES[dtype].itemsize, gpu)
     return "\n".join(lines)
 
 

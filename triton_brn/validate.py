@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+#: The dtypes of inputs, by their names on the command line.
+NAMED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+DTYPES = tuple(NAMED_DTYPES.values())
 AVERAGES = ("std", "var")
 
 
