@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := .venv/bin
 
@@ -13,7 +14,7 @@ help:
 	@echo "make test     all tests; without a GPU the kernels run in Triton's interpreter"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   ruff's formatting and safe fixes"
-	@echo "make bench    times against torch.nn.BatchNorm"
+	@echo "make bench    times against torch.nn.BatchNorm and others (BENCH_ARGS=--quick: two inputs)"
 	@echo "make wheel    build dist/*.whl"
 	@echo "make clean    remove .venv and everything that was built"
 
@@ -33,6 +34,7 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 
 bench: .venv/.bench
+	$(BIN)/python -m triton_brn bench $(BENCH_ARGS)
 	$(BIN)/python -m pytest bench
 
 wheel: .venv/.made
