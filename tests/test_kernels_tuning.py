@@ -282,6 +282,15 @@ def test_candidates_keep_the_planners_limits(device: Device) -> None:
                 check_plan(moved, other, device)
 
 
+def test_tiles_on_their_way_fit_in_shared_memory() -> None:
+    """A table may ask for more of them than a device holds."""
+    choice = candidates.Choice("two_launch", 1024, 8, 16, 1, 64, 8, stages=4)
+    view = View(64, 64, 3136)
+    for shared, fits in ((101_376, False), (232_448, True)):
+        device = Device("cuda", 128, 89, (3, 9), shared=shared)
+        assert (candidates.planned(choice, "backward", view, 2, device) is not None) == fits
+
+
 def runs_at_once(plan: planner.Plan, device: Device) -> bool:
     return plan.slots * plan.splits <= device.co_resident(plan.num_warps, plan.registers)
 

@@ -374,6 +374,34 @@ def test_two_forwards_then_backward(backend: str, device) -> None:
     assert torch.equal(torch.autograd.grad(first.square().sum(), x)[0], expected)
 
 
+@pytest.mark.parametrize("kind", ["attribute", "parameter", "parametrized"])
+def test_statistics_need_not_be_buffers(kind: str, backend: str, device) -> None:
+    layer, plain = (BatchRenorm1d(3, r_max=3.0, d_max=5.0).to(device) for _ in range(2))
+    mean = layer.running_mean
+    if kind == "parametrized":
+        nn.utils.parametrize.register_parametrization(layer, "running_mean", nn.Identity())
+    else:
+        del layer.running_mean
+        layer.running_mean = mean if kind == "attribute" else nn.Parameter(mean, requires_grad=False)
+    x = torch.randn(8, 3, device=device)
+    assert torch.equal(layer(x), plain(x))
+
+
+def test_checkpointing_normalises_what_it_computes_anew(backend: str, device) -> None:
+    """The second forward of a segment has its own statistics: there, too, a bias before a layer has no gradient."""
+    model = nn.Sequential(
+        *(
+            m
+            for _ in range(2)
+            for m in (nn.Linear(4, 4), BatchRenorm1d(4, r_max=3.0, d_max=5.0, momentum=None))
+        )
+    ).to(device)
+    x, dy = torch.randn(16, 4, device=device) * 3 + 2, torch.randn(16, 4, device=device)
+    torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).backward(dy)
+    for linear in model[::2]:
+        assert linear.bias.grad.norm() < 1e-5 * linear.weight.grad.norm()
+
+
 def test_what_the_backward_reads_may_not_change_before_it(backend: str, device) -> None:
     """As in torch: after an optimiser's step the gradient would be wrong."""
     layer = BatchRenorm1d(3).to(device)

@@ -80,7 +80,7 @@ def test_a_large_mean_with_correction(layout: str, backend: str, device) -> None
     no_worse(batch_renorm(x, mean, var, training=True), truth.y, theirs, their_truth, backend)
 
 
-@pytest.mark.parametrize("ratio", [0.0, 15.0, 17.0])
+@pytest.mark.parametrize("ratio", [0.0, 25.0, 40.0])
 def test_many_rows(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain PyTorch has a backward of its own for them, of the form x * a + b, where that is exact enough."""
     monkeypatch.setenv("TRITON_BRN_BACKEND", "eager")
@@ -191,6 +191,23 @@ def test_a_bad_value_leaves_its_channels_statistics(
     assert_accurate(var, expected.running_var)
     assert not torch.equal(mean[::2], before[0][::2])
     assert step.item() == 4
+
+
+@pytest.mark.parametrize("average", ["std", "var"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("limits", [(1.0, 0.0), (3.0, 5.0)])
+def test_statistics_that_are_bad_stay_so(limits, bad: float, average: str, backend: str, device) -> None:
+    """No batch repairs them, and none makes the others worse."""
+    mean, var = torch.zeros(3, device=device), torch.tensor([1.0, bad, 1.0], device=device)
+    x = torch.randn(8, 3, device=device) + 1
+    expected = batch_renorm_reference(x, mean, var, average=average)
+    r_max, d_max = limits
+    batch_renorm(x, mean, var, training=True, r_max=r_max, d_max=d_max, running_average=average)
+    assert mean[1] == 0
+    assert torch.equal(var[1].isnan(), torch.tensor(bad != bad, device=device))
+    assert not var[1].isfinite()
+    for actual, e in ((mean, expected.running_mean), (var, expected.running_var)):
+        assert_accurate(actual[::2], e[::2])
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -56,6 +56,13 @@ def test_ramps_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> No
 
     # The one operator of the plain path that torch has no meta kernel for.
     monkeypatch.setattr(torch, "batch_norm_update_stats", lambda x, *_: (x.new_empty(3), x.new_empty(3)))
+    addcmul = torch.addcmul
+
+    def as_on_cuda(first, *args, **options):  # there it takes no scalar of the CPU
+        assert first.is_meta
+        return addcmul(first, *args, **options)
+
+    monkeypatch.setattr(torch, "addcmul", as_on_cuda)
     x, vector = torch.empty(8, 3, device="meta"), torch.empty(3, device="meta")
     step = torch.zeros((), dtype=torch.int64, device="meta")
     ramp = [1.0, 3.0, 0.0, 9.0]

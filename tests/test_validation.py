@@ -88,6 +88,8 @@ TENSORS = [
     ("running_mean", lambda: torch.zeros(3, dtype=f64), TypeError),
     ("running_mean", lambda: torch.zeros(3, dtype=i64), TypeError),
     ("running_mean", lambda: torch.zeros(3, device="meta"), ValueError),
+    ("running_mean", lambda: None, TypeError),
+    ("running_var", lambda: None, TypeError),
     ("running_var", lambda: torch.ones(4), ValueError),
     ("running_var", lambda: torch.ones(3, 1), ValueError),
     ("running_var", lambda: torch.ones(6)[::2], ValueError),
@@ -109,8 +111,8 @@ TENSORS = [
 ]
 
 
-def on(device: torch.device, t: Tensor) -> Tensor:
-    if t.device.type == "meta":
+def on(device: torch.device, t: Tensor | None) -> Tensor | None:
+    if t is None or t.device.type == "meta":
         return t
     moved = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
     return moved.copy_(t.detach()).requires_grad_(t.requires_grad)

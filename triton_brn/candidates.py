@@ -161,10 +161,12 @@ def _looped(choice: Choice, call: _Call) -> Plan | None:
         return None
     n = groups(call.view, tile)
     slots, most = n, MOST_SPLITS
+    tensors = 3 if call.direction == "backward" else 2
+    shared = choice.stages * tile.elements * call.itemsize * (tensors - 1) if choice.stages > 1 else 0
+    if call.device.shared and shared + 1024 > call.device.shared:
+        return None
     if choice.strategy == "blocked":
-        tensors = 3 if call.direction == "backward" else 2
         each = call.view.outer * call.view.inner * tile.channels * call.itemsize
-        shared = choice.stages * tile.elements * call.itemsize * (tensors - 1) if choice.stages > 1 else 0
         at_once = call.device.co_resident(choice.warps, registers, shared)
         if each * (tensors - 1) > call.device.l2 or not at_once:
             return None

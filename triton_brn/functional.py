@@ -151,25 +151,22 @@ class _Training(torch.autograd.Function):
 
 
 class _PlainTraining(torch.autograd.Function):
-    """The same in plain PyTorch without operators, of which a small input would feel each.
-
-    What backward needs beside x and weight is a few numbers per channel: kept as they are.
-    """
+    """The same in plain PyTorch without operators, of which a small input would feel each."""
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, running_mean, running_var, step, settings):  # type: ignore[no-untyped-def]
         with _AutoDispatchBelowAutograd():  # saves 2 us per torch operation where inputs require grad
-            y, ctx.saved = eager.forward(x, weight, bias, running_mean, running_var, step, *settings)
-        ctx.save_for_backward(x, weight)
+            y, saved = eager.forward(x, weight, bias, running_mean, running_var, step, *settings)
+        ctx.save_for_backward(x, weight, *saved)
         return y
 
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]
-        x, weight = ctx.saved_tensors
+        x, weight, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         with _AutoDispatchBelowAutograd():
-            grads = eager.backward(dy, x, weight, ctx.saved, True, needs)
+            grads = eager.backward(dy, x, weight, saved, True, needs)
         return (*_wanted(needs, grads), None, None, None, None)
 
 

@@ -117,11 +117,10 @@ class _BatchRenorm(nn.Module):
             raise ValueError(f"input: expected {ranks} input for {type(self).__name__}, got {input.ndim}D")
         if input.shape[1] != self.num_features:
             raise ValueError(f"input: expected {self.num_features} channels, got {input.shape[1]}")
-        buffers: dict[str, Any] = self._buffers  # as attributes they cost 2 us
         return batch_renorm(
             input,
-            buffers["running_mean"],
-            buffers["running_var"],
+            self.running_mean,
+            self.running_var,
             self.weight,
             self.bias,
             training=self.training,
@@ -129,7 +128,7 @@ class _BatchRenorm(nn.Module):
             eps=self.eps,
             r_max=self._r_max,
             d_max=self._d_max,
-            num_batches_tracked=buffers["num_batches_tracked"],
+            num_batches_tracked=self.num_batches_tracked,
             running_average=self.running_average,
         )
 

@@ -45,7 +45,7 @@ _library.define(
 )
 
 
-class _Plain:
+class _Eager:
     """The operators in plain PyTorch."""
 
     @staticmethod
@@ -60,13 +60,13 @@ class _Plain:
         return eager.backward(dy, x, weight, eager.unstacked(saved, weight), *flags)
 
 
-def _backend(device: torch.device) -> ModuleType | type[_Plain]:
+def _backend(device: torch.device) -> ModuleType | type[_Eager]:
     """What serves ``device``; the Triton module is imported when first needed."""
     if uses_triton(device):
         from . import launch
 
         return launch
-    return _Plain
+    return _Eager
 
 
 def _operator(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:

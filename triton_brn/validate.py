@@ -50,7 +50,9 @@ def check_tensors(
     device, shape = x.device, x.shape[1:2]
     for name, v, dtypes in vectors:
         if v is None:
-            continue
+            if dtypes is affine:
+                continue
+            raise TypeError(f"{name}: expected a tensor, got None")
         if v.shape != shape or v.dtype not in dtypes or v.device != device:
             _refuse(name, v, x, dtypes)
         if dtypes is stats and (v.requires_grad or not v.is_contiguous()):
