@@ -13,7 +13,7 @@ from reference import assert_accurate, batch_renorm_reference, inputs
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from triton_brn import BatchRenorm1d, BatchRenorm2d, Ramp, batch_renorm
+from triton_brn import BatchRenorm2d, Ramp, batch_renorm
 from triton_brn.ops import OPS
 
 RAMP = {"r_max": Ramp(1.0, 3.0, begin=0, end=3), "d_max": Ramp(0.0, 5.0, begin=0, end=3)}
@@ -218,11 +218,36 @@ def test_only_the_gradients_asked_for(training: bool, needs: tuple[int, ...], ba
             assert got is None
 
 
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradgradcheck(layout: str, affine: bool, backend: str, device) -> None:
+    """As for a gradient penalty."""
+    case = inputs((3, 3, 2, 3), torch.float64, layout, device=device, affine=affine)
+    leaves = [t.detach().requires_grad_() for t in (case.x, case.weight, case.bias) if t is not None]
+    free = batch_renorm_reference(*case.args)
+    fixed = with_fixed_correction(free.r.to(device) * (1 - 1e-9), free.d.to(device) * (1 - 1e-9), 1e-3)
+
+    def plain(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        statistics = (case.running_mean.clone(), case.running_var.clone())
+        return batch_renorm(x, *statistics, weight, bias, training=True, r_max=1.0, d_max=0.0)
+
+    def inference(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        return batch_renorm(x, case.running_mean, case.running_var, weight, bias)
+
+    for function in (fixed, plain, inference):
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=backend == "triton")
+
+
 @pytest.mark.parametrize("training", [True, False])
-def test_double_backward_is_refused(training: bool, backend: str, device) -> None:
-    """Not silently zero."""
-    layer = BatchRenorm1d(3).to(device).train(training)
-    x = torch.randn(8, 3, device=device, requires_grad=True)
-    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dx.sum().backward()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_that_can_be_differentiated_are_the_same(
+    dtype: torch.dtype, training: bool, backend: str, device
+) -> None:
+    case = inputs((4, 3, 5), dtype, device=device)
+    leaves = [t.requires_grad_() for t in (case.x, case.weight, case.bias)]
+    y = batch_renorm(*case.args, training=training)
+    expected = torch.autograd.grad(y, leaves, case.dy, retain_graph=True)
+    actual = torch.autograd.grad(y, leaves, case.dy, create_graph=True)
+    assert actual[0].requires_grad
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=torch.finfo(dtype).eps * 4, atol=1e-5)

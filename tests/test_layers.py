@@ -388,7 +388,7 @@ def test_statistics_need_not_be_buffers(kind: str, backend: str, device) -> None
 
 
 def test_checkpointing_normalises_what_it_computes_anew(backend: str, device) -> None:
-    """The second forward of a segment has its own statistics: there, too, a bias before a layer has no gradient."""
+    """The second forward has statistics of its own: there, too, a bias before a layer has no gradient."""
     model = nn.Sequential(
         *(
             m

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd
 
 aten = torch.ops.aten
 
@@ -31,9 +32,9 @@ class Saved(NamedTuple):
     mean: Tensor
     rest: Tensor | None  # what rounding took from the mean; None: nothing
     rstd: Tensor  # 1 / sigma_B
-    r: Tensor | None  # None: 1
-    d: Tensor | None  # None: 0
-    scale: Tensor | None  # gamma * r; None: 1
+    r: Tensor
+    d: Tensor
+    scale: Tensor  # gamma * r
     slope: Tensor | None  # gamma * r / sigma_B, for ``wide_backward``; None: torch's own kernel
 
 
@@ -55,21 +56,17 @@ def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_m
     running_std = (running_var + offset).sqrt_()
     batches = int(step) if step is not None and step.is_cpu else step  # on a device: no waiting for it
     r_limit, d_limit = limit_at(r_max, batches), limit_at(d_max, batches)
-    if is_number(r_limit, 1) and is_number(d_limit, 0):  # batch normalization
-        r = d = None
-        scale, shift = in_dtype(weight, var.dtype), in_dtype(bias, var.dtype)
+    r = (std / running_std).clamp_(1 / r_limit, r_limit)
+    d = mean - running_mean
+    d = (d if rest is None else d.add_(rest)).div_(running_std).clamp_(-d_limit, d_limit)
+
+    if weight is None:
+        scale, shift = r, d if bias is None else d + bias
     else:
-        r = (std / running_std).clamp_(1 / r_limit, r_limit)
-        d = mean - running_mean
-        d = (d if rest is None else d.add_(rest)).div_(running_std).clamp_(-d_limit, d_limit)
-        if weight is None:
-            scale, shift = r, d if bias is None else d + bias
-        else:
-            scale, shift = weight * r, weight * d if bias is None else torch.addcmul(bias, weight, d)
+        scale, shift = weight * r, weight * d if bias is None else torch.addcmul(bias, weight, d)
     alpha = momentum if momentum >= 0 else 1 / (batches + 1)
-    if average_std:  # (sigma + alpha (sigma_B - sigma))^2 - eps
-        sigma = running_std.lerp_(std, alpha)
-        new_var = torch.addcmul(constant(-eps, var), sigma, sigma) if x.is_cpu else sigma * sigma - offset
+    if average_std:
+        new_var = averaged(running_std, std, alpha, eps)
     else:
         count = x.numel() // x.shape[1]
         new_var = running_var.lerp(var * (count / (count - 1)), alpha)
@@ -79,14 +76,37 @@ def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_m
     rstd, slope = std.reciprocal(), None
     # Last: the passes over x put the code of the many operations on C numbers out of the caches.
     if dense.ndim == 2 and dense.dtype == rstd.dtype:  # 27 us at (256, 1024), torch's batch-norm kernel: 90
-        slope = rstd if scale is None else scale * rstd
-        shift = -at * slope if shift is None else torch.addcmul(shift, at, slope, value=-1)
-        y = torch.addcmul(shift, dense, slope)
+        slope = scale * rstd
+        y = torch.addcmul(torch.addcmul(shift, at, slope, value=-1), dense, slope)
         if not near or x.numel() < WIDE_ELEMENTS or x.shape[1] < WIDE_CHANNELS:
             slope = None
     else:
         y = torch.native_batch_norm(dense, scale, shift, at, var, False, 0.0, eps)[0]
     return like(y, x), Saved(mean, rest, rstd, r, d, scale, slope)
+
+
+def batch_norm(x, weight, bias, running_mean, running_var, step, momentum, eps, r_max, d_max, average_std):  # type: ignore[no-untyped-def]
+    """``forward`` while r = 1 and d = 0: torch's batch norm and its autograd, the quickest for small inputs.
+
+    Returns y, or None where it cannot serve; the running statistics are then as they were.
+    """
+    batches: Any = None if step is None else int(step)
+    if limit_at(d_max, batches) != 0 or limit_at(r_max, batches) != 1 or not average_std:
+        return None
+    same = all(t is None or t.dtype == running_mean.dtype for t in (x, weight, bias))
+    if not same or as_dense(x) is not x:
+        return None
+    y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+    with _AutoDispatchBelowAutograd():
+        ratio = mean * rstd
+        if not float(ratio.dot(ratio)) <= FAR**2:
+            return None
+        running_std = (running_var + constant(eps, mean)).sqrt_()
+        alpha = momentum if momentum >= 0 else 1 / (batches + 1)
+        update(running_mean, running_var, mean, averaged(running_std, rstd.reciprocal(), alpha, eps), alpha)
+        if step is not None:
+            step.fill_(batches + 1)
+    return y
 
 
 def inference(x, weight, bias, running_mean, running_var, eps, save):  # type: ignore[no-untyped-def]
@@ -103,9 +123,7 @@ def inference(x, weight, bias, running_mean, running_var, eps, save):  # type: i
 def stacked(saved: Saved) -> Tensor:
     """``Saved`` as the operators return it, (5, C)."""
     mean, rest, rstd, r, d, *_ = saved
-    zero = torch.zeros_like(mean)
-    others = (zero if rest is None else rest, rstd, zero + 1 if r is None else r, zero if d is None else d)
-    return torch.stack((mean, *others))
+    return torch.stack((mean, torch.zeros_like(mean) if rest is None else rest, rstd, r, d))
 
 
 def unstacked(saved: Tensor, weight: Tensor | None) -> Saved:
@@ -137,9 +155,25 @@ def backward(dy, x, weight, saved, training, needs):  # type: ignore[no-untyped-
     dx = like(dx, x) if needs[0] else x.new_empty(0)
     if not wants_vectors:
         return dx, mean.new_empty(0, dtype=dtype), mean.new_empty(0, dtype=dtype)
-    if r is not None:
-        dgamma.mul_(r).addcmul_(d, dbeta)
+    dgamma.mul_(r).addcmul_(d, dbeta)
     return dx, in_dtype(dgamma, dtype), in_dtype(dbeta, dtype)
+
+
+def differentiable_backward(dy, x, weight, saved, training, eps):  # type: ignore[no-untyped-def]
+    """``backward`` in operations that autograd follows, for gradients of gradients."""
+    mean, _, rstd, r, d, *_ = saved
+    axes, column = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
+    mean, rstd, r, d = (v.view(column) for v in (mean, rstd, r, d))
+    g, t = dy.to(mean.dtype), x.to(mean.dtype)
+    if training:
+        mean = t.mean(axes, keepdim=True)
+        rstd = ((t - mean).square().mean(axes, keepdim=True) + eps).rsqrt()
+    xn = (t - mean) * rstd
+    sum_g, sum_gx = g.sum(axes, keepdim=True), (g * xn).sum(axes, keepdim=True)
+    scale = r if weight is None else weight.to(mean.dtype).view(column) * r
+    dx = scale * rstd * (g - (sum_g + xn * sum_gx) / (x.numel() / x.shape[1]) if training else g)
+    dtype = mean.dtype if weight is None else weight.dtype
+    return dx.to(x.dtype), (r * sum_gx + d * sum_g).flatten().to(dtype), sum_g.flatten().to(dtype)
 
 
 def wide_backward(dy, x, mean, rstd, slope):  # type: ignore[no-untyped-def]
@@ -184,9 +218,10 @@ def in_dtype(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return v if v is None or v.dtype == dtype else v.to(dtype)  # Tensor.to takes 1 us to see it
 
 
-def is_number(limit: Tensor | float, number: float) -> bool:
-    """Whether the limit is known to be ``number``: one on a device is not waited for."""
-    return not isinstance(limit, Tensor) and limit == number
+def averaged(running_std: Tensor, std: Tensor, alpha: Any, eps: float) -> Tensor:
+    """The next running variance: (sigma + alpha (sigma_B - sigma))^2 - eps. Overwrites ``running_std``."""
+    sigma = running_std.lerp_(std, alpha)
+    return torch.addcmul(constant(-eps, std), sigma, sigma) if std.is_cpu else sigma * sigma - eps
 
 
 def update(running_mean, running_var, mean, new_var, alpha):  # type: ignore[no-untyped-def]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -82,7 +81,8 @@ def batch_renorm(
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
     if needs_grad(input, weight, bias):
         if ops.is_plain(input) and input.numel():
-            return _plain_training(*tensors, settings)
+            y = eager.batch_norm(*tensors, *settings)
+            return _plain_training(*tensors, settings) if y is None else y
         return _Training.apply(*tensors, settings)
     return ops.forward(*tensors, *settings)[0]
 
@@ -122,16 +122,6 @@ def needs_grad(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> boo
     )
 
 
-def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's once_differentiable, entered under create_graph only: it costs 6 us."""
-    guarded = torch.autograd.function.once_differentiable(backward)
-
-    def run(ctx: Any, dy: Tensor) -> Any:
-        return guarded(ctx, dy) if torch.is_grad_enabled() else backward(ctx, dy)
-
-    return run
-
-
 class _Training(torch.autograd.Function):
     """Forward with the minibatch's statistics; r and d are constants of the gradient."""
 
@@ -139,15 +129,12 @@ class _Training(torch.autograd.Function):
     def forward(ctx: Any, x, weight, bias, running_mean, running_var, step, settings):  # type: ignore[no-untyped-def]
         y, saved = ops.forward(x, weight, bias, running_mean, running_var, step, *settings)
         ctx.save_for_backward(x, weight, saved)
+        ctx.eps = settings[1]
         return y
 
     @staticmethod
-    @_once_differentiable
     def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]
-        x, weight, saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        grads = ops.backward(dy, x, weight, saved, True, needs)
-        return (*_wanted(needs, grads), None, None, None, None)
+        return (*_gradients(ctx, dy, True), None, None, None, None)
 
 
 class _PlainTraining(torch.autograd.Function):
@@ -158,15 +145,18 @@ class _PlainTraining(torch.autograd.Function):
         with _AutoDispatchBelowAutograd():  # saves 2 us per torch operation where inputs require grad
             y, saved = eager.forward(x, weight, bias, running_mean, running_var, step, *settings)
         ctx.save_for_backward(x, weight, *saved)
+        ctx.eps = settings[1]
         return y
 
     @staticmethod
-    @_once_differentiable
     def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]
         x, weight, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        with _AutoDispatchBelowAutograd():
-            grads = eager.backward(dy, x, weight, saved, True, needs)
+        if _followed():
+            grads = eager.differentiable_backward(dy, x, weight, saved, True, ctx.eps)
+        else:
+            with _AutoDispatchBelowAutograd():
+                grads = eager.backward(dy, x, weight, saved, True, needs)
         return (*_wanted(needs, grads), None, None, None, None)
 
 
@@ -181,15 +171,25 @@ class _Inference(torch.autograd.Function):
     def forward(ctx: Any, x, weight, bias, running_mean, running_var, eps):  # type: ignore[no-untyped-def]
         y, saved = ops.inference(x, weight, bias, running_mean, running_var, eps, True)
         ctx.save_for_backward(x, weight, saved)
+        ctx.eps = eps
         return y
 
     @staticmethod
-    @_once_differentiable
     def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]
-        x, weight, saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        grads = ops.backward(dy, x, weight, saved, False, needs)
-        return (*_wanted(needs, grads), None, None, None)
+        return (*_gradients(ctx, dy, False), None, None, None)
+
+
+def _gradients(ctx: Any, dy: Tensor, training: bool) -> tuple[Tensor | None, ...]:
+    x, weight, saved = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    if _followed():
+        return _wanted(needs, eager.differentiable_backward(dy, x, weight, saved, training, ctx.eps))
+    return _wanted(needs, ops.backward(dy, x, weight, saved, training, needs))
+
+
+def _followed() -> bool:
+    """Whether autograd follows this backward, to differentiate it again (create_graph)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _wanted(needs: tuple[bool, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
