@@ -94,7 +94,7 @@ def batch_norm(x, weight, bias, running_mean, running_var, step, momentum, eps, 
     if limit_at(d_max, batches) != 0 or limit_at(r_max, batches) != 1 or not average_std:
         return None
     same = all(t is None or t.dtype == running_mean.dtype for t in (x, weight, bias))
-    if not same or as_dense(x) is not x:
+    if not same or as_dense(x) is not x or has_planes(x, running_mean):
         return None
     y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
     with _AutoDispatchBelowAutograd():
@@ -189,10 +189,32 @@ def wide_backward(dy, x, mean, rstd, slope):  # type: ignore[no-untyped-def]
 
 def moments(dense: Tensor, running_mean: Tensor) -> tuple[Tensor, Tensor]:
     """The mean and the biased variance of each channel, in the dtype of the running statistics."""
+    if has_planes(dense, running_mean):
+        return moments_of_planes(dense)
     # torch takes the dtype of its results from running statistics, even if they are scratch.
     same = dense.dtype == running_mean.dtype
     scratch = (None, None) if same else (torch.empty_like(running_mean),) * 2
     return torch.batch_norm_update_stats(dense, *scratch, 1.0)  # type: ignore[call-arg]
+
+
+def has_planes(dense: Tensor, running_mean: Tensor) -> bool:
+    """Whether group norm is the quicker way to the moments: of contiguous maps, not too small."""
+    if dense.ndim == 2 or not dense.is_cpu or dense.dtype != running_mean.dtype or not dense.is_contiguous():
+        return False
+    elements = dense.numel()
+    return elements >= 2**16 and elements >= 32 * dense.shape[0] * dense.shape[1]
+
+
+def moments_of_planes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """By torch's group norm, whose sums are vectorised: those of batch norm take four times as long.
+
+    Its groups are single planes; their moments are merged by Chan, Golub and LeVeque's formula (1979).
+    """
+    n, c = x.shape[:2]
+    _, means, rstds = torch.native_group_norm(x, None, None, n, c, x.numel() // (n * c), c, 0.0)
+    mean = means.mean(0)
+    deviations = means.sub_(mean)
+    return mean, rstds.pow_(-2).addcmul_(deviations, deviations).mean(0)
 
 
 def is_far(ratio: Tensor) -> bool:
