@@ -1,9 +1,9 @@
 """Batch Renormalization in plain PyTorch: what CPU users run, and the first oracle of the kernels.
 
-torch's own native batch-norm kernels do the passes over x, so a large map costs what BatchNorm
-costs: given mu_B and sigma_B, Algorithm 1 is batch norm with the weight gamma*r and the bias
-beta + gamma*d. The rest works on C numbers, where an operation costs 1.5 us, and 4 us if it takes
-a Python number: small inputs are as fast as these are few. Hence the in-place forms and ``constant``.
+torch's own normalisation kernels do the passes over x: given mu_B and sigma_B, Algorithm 1 is batch
+norm with the weight gamma*r and the bias beta + gamma*d. The rest works on C numbers, where an operation
+costs 1.5 us, and 4 us if it takes a Python number: small inputs are as fast as these are few. Hence the
+in-place forms and ``constant``.
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ def differentiable_backward(dy, x, weight, saved, training, eps):  # type: ignor
     xn = (t - mean) * rstd
     sum_g, sum_gx = g.sum(axes, keepdim=True), (g * xn).sum(axes, keepdim=True)
     scale = r if weight is None else weight.to(mean.dtype).view(column) * r
-    dx = scale * rstd * (g - (sum_g + xn * sum_gx) / (x.numel() / x.shape[1]) if training else g)
+    count = max(x.numel() // max(x.shape[1], 1), 1)
+    dx = scale * rstd * (g - (sum_g + xn * sum_gx) / count if training else g)
     dtype = mean.dtype if weight is None else weight.dtype
     return dx.to(x.dtype), (r * sum_gx + d * sum_g).flatten().to(dtype), sum_g.flatten().to(dtype)
 
