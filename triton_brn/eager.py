@@ -41,7 +41,7 @@ class Saved(NamedTuple):
 def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_max, d_max, average_std):  # type: ignore[no-untyped-def]
     """Algorithm 1 of Ioffe (2017); updates the running statistics. Returns y and ``Saved``."""
     dense = as_dense(x)
-    mean, var = moments(dense, running_mean)
+    mean, var, scratch = moments(dense, running_mean)
     offset = constant(eps, var)
     std = (var + offset).sqrt_()
     at, rest, near = mean, None, False  # at: the mean of dense
@@ -51,7 +51,7 @@ def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_m
         near = squares <= NEAR**2
         if not squares <= FAR**2 and is_far(ratio):
             dense = centred(dense, mean)  # exact, for x is close to its mean
-            at, var = moments(dense, running_mean)
+            at, var, scratch = moments(dense, running_mean)
             rest, std = at, (var + offset).sqrt_()
     running_std = (running_var + offset).sqrt_()
     batches = int(step) if step is not None and step.is_cpu else step  # on a device: no waiting for it
@@ -81,7 +81,7 @@ def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_m
         if not near or x.numel() < WIDE_ELEMENTS or x.shape[1] < WIDE_CHANNELS:
             slope = None
     else:
-        y = torch.native_batch_norm(dense, scale, shift, at, var, False, 0.0, eps)[0]
+        y = applied(dense, scale, shift, at, var, eps, scratch)
     return like(y, x), Saved(mean, rest, rstd, r, d, scale, slope)
 
 
@@ -188,14 +188,18 @@ def wide_backward(dy, x, mean, rstd, slope):  # type: ignore[no-untyped-def]
     return torch.addcmul(c, x, k.mul_(share)).addcmul_(dy, slope), dgamma, dbeta
 
 
-def moments(dense: Tensor, running_mean: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean and the biased variance of each channel, in the dtype of the running statistics."""
+def moments(dense: Tensor, running_mean: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The mean and the biased variance of each channel, in the dtype of the running statistics.
+
+    Third, scratch memory of the size of ``dense`` that they leave, or None.
+    """
     if has_planes(dense, running_mean):
         return moments_of_planes(dense)
-    # torch takes the dtype of its results from running statistics, even if they are scratch.
+    # torch takes the dtype of its results from the running statistics that it updates.
     same = dense.dtype == running_mean.dtype
-    scratch = (None, None) if same else (torch.empty_like(running_mean),) * 2
-    return torch.batch_norm_update_stats(dense, *scratch, 1.0)  # type: ignore[call-arg]
+    updated = (None, None) if same else (torch.empty_like(running_mean),) * 2
+    mean, var = torch.batch_norm_update_stats(dense, *updated, 1.0)  # type: ignore[call-arg]
+    return mean, var, None
 
 
 def has_planes(dense: Tensor, running_mean: Tensor) -> bool:
@@ -206,16 +210,27 @@ def has_planes(dense: Tensor, running_mean: Tensor) -> bool:
     return elements >= 2**16 and elements >= 32 * dense.shape[0] * dense.shape[1]
 
 
-def moments_of_planes(x: Tensor) -> tuple[Tensor, Tensor]:
+def moments_of_planes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """By torch's group norm, whose sums are vectorised: those of batch norm take four times as long.
 
     Its groups are single planes; their moments are merged by Chan, Golub and LeVeque's formula (1979).
     """
     n, c = x.shape[:2]
-    _, means, rstds = torch.native_group_norm(x, None, None, n, c, x.numel() // (n * c), c, 0.0)
+    scratch, means, rstds = torch.native_group_norm(x, None, None, n, c, x.numel() // (n * c), c, 0.0)
     mean = means.mean(0)
     deviations = means.sub_(mean)
-    return mean, rstds.pow_(-2).addcmul_(deviations, deviations).mean(0)
+    return mean, rstds.pow_(-2).addcmul_(deviations, deviations).mean(0), scratch
+
+
+def applied(x, scale, shift, mean, var, eps, scratch):  # type: ignore[no-untyped-def]
+    """(x - mean) / sqrt(var + eps) * scale + shift; in ``scratch``, if there is any.
+
+    New memory of large maps is slow: the system clears it first.
+    """
+    if scratch is None:
+        return torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, eps)[0]
+    unused = {name: scale.new_empty(0) for name in ("save_mean", "save_invstd")}
+    return aten.native_batch_norm.out(x, scale, shift, mean, var, False, 0.0, eps, out=scratch, **unused)[0]
 
 
 def is_far(ratio: Tensor) -> bool:

@@ -152,7 +152,7 @@ class _PlainTraining(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]
         x, weight, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        if _followed():
+        if torch.is_grad_enabled():
             grads = eager.differentiable_backward(dy, x, weight, saved, True, ctx.eps)
         else:
             with _AutoDispatchBelowAutograd():
@@ -182,14 +182,9 @@ class _Inference(torch.autograd.Function):
 def _gradients(ctx: Any, dy: Tensor, training: bool) -> tuple[Tensor | None, ...]:
     x, weight, saved = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    if _followed():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: autograd follows
         return _wanted(needs, eager.differentiable_backward(dy, x, weight, saved, training, ctx.eps))
     return _wanted(needs, ops.backward(dy, x, weight, saved, training, needs))
-
-
-def _followed() -> bool:
-    """Whether autograd follows this backward, to differentiate it again (create_graph)."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _wanted(needs: tuple[bool, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

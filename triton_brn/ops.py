@@ -145,7 +145,9 @@ def is_traced(x: Tensor) -> bool:
 
 def is_plain(x: Tensor) -> bool:
     """Whether ``eager`` may be called without an operator: on the CPU, where nobody looks on."""
-    return x.is_cpu and not (is_traced(x) or _are_functorch_transforms_active() or uses_triton(x.device))
+    if not x.is_cpu or is_traced(x) or _are_functorch_transforms_active():
+        return False
+    return not uses_triton(x.device)
 
 
 forward, inference, backward = (_caller(name) for name in ("forward", "inference", "backward"))
