@@ -7,9 +7,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._C import _AutoDispatchBelowAutograd
+from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
 
 from . import eager, ops
+from .backend import uses_triton
 from .ramp import Limit, Ramp, as_ramp
 from .validate import check_batch, check_numbers, check_tensors
 
@@ -80,10 +81,12 @@ def batch_renorm(
     check_batch(input, num_batches_tracked, settings)
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
     if needs_grad(input, weight, bias):
-        if ops.is_plain(input) and input.numel():
-            y = eager.batch_norm(*tensors, *settings)
-            return _plain_training(*tensors, settings) if y is None else y
-        return _Training.apply(*tensors, settings)
+        if ops.is_traced(input) or _are_functorch_transforms_active():
+            return _Training.apply(*tensors, settings)
+        if not input.is_cpu or not input.numel() or uses_triton(input.device):
+            return _training(*tensors, settings)
+        y = eager.batch_norm(*tensors, *settings)
+        return _plain_training(*tensors, settings) if y is None else y
     return ops.forward(*tensors, *settings)[0]
 
 
@@ -160,7 +163,8 @@ class _PlainTraining(torch.autograd.Function):
         return (*_wanted(needs, grads), None, None, None, None)
 
 
-#: ``_PlainTraining.apply`` without what torch adds for functorch, which costs 6 us.
+# ``apply`` without what torch adds for functorch, which costs 6 us.
+_training = super(torch.autograd.Function, _Training).apply
 _plain_training = super(torch.autograd.Function, _PlainTraining).apply
 
 

@@ -12,11 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import (
-    _are_functorch_transforms_active,
-    _AutoDispatchBelowAutograd,
-    _len_torch_dispatch_stack,
-)
+from torch._C import _AutoDispatchBelowAutograd, _len_torch_dispatch_stack
 
 from . import eager
 from .backend import uses_triton
@@ -140,14 +136,8 @@ def _caller(name: str) -> Callable[..., Any]:
 
 
 def is_traced(x: Tensor) -> bool:
+    """Whether somebody looks on: a compiler, a subclass of Tensor, a dispatch mode."""
     return torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS or bool(_len_torch_dispatch_stack())
-
-
-def is_plain(x: Tensor) -> bool:
-    """Whether ``eager`` may be called without an operator: on the CPU, where nobody looks on."""
-    if not x.is_cpu or is_traced(x) or _are_functorch_transforms_active():
-        return False
-    return not uses_triton(x.device)
 
 
 forward, inference, backward = (_caller(name) for name in ("forward", "inference", "backward"))
