@@ -244,6 +244,8 @@ def test_gradients_that_can_be_differentiated_are_the_same(
     dtype: torch.dtype, training: bool, backend: str, device
 ) -> None:
     case = inputs((4, 3, 5), dtype, device=device)
+    if dtype == torch.float32 and training:
+        case.x[:, 1] = case.x[:, 1] * 1e-2 + 1e4
     leaves = [t.requires_grad_() for t in (case.x, case.weight, case.bias)]
     y = batch_renorm(*case.args, training=training)
     expected = torch.autograd.grad(y, leaves, case.dy, retain_graph=True)

@@ -402,6 +402,15 @@ def test_checkpointing_normalises_what_it_computes_anew(backend: str, device) ->
         assert linear.bias.grad.norm() < 1e-5 * linear.weight.grad.norm()
 
 
+def test_checkpointing_where_the_correction_begins(device) -> None:
+    """The second forward of batch 5,000 counts 5,001: it corrects, the first did not."""
+    model = nn.Sequential(nn.Linear(8, 8), BatchRenorm1d(8), nn.ReLU()).to(device)
+    model[1].num_batches_tracked.fill_(5_000)
+    x = torch.randn(16, 8, device=device, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).sum().backward()
+    assert x.grad.isfinite().all()
+
+
 def test_what_the_backward_reads_may_not_change_before_it(backend: str, device) -> None:
     """As in torch: after an optimiser's step the gradient would be wrong."""
     layer = BatchRenorm1d(3).to(device)

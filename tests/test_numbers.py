@@ -107,6 +107,36 @@ def test_large_maps(shape, dtype: torch.dtype, limits, monkeypatch: pytest.Monke
         assert_accurate(grad, value, scale=scale)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 256, 256), (4, 3, 7, 1), (4, 3, 1, 7), (4, 3, 4, 5, 1)])
+@pytest.mark.parametrize("limits", [(3.0, 5.0), (1.0, 0.0)])
+def test_layouts_that_are_two_at_a_time(shape, limits, backend: str, device) -> None:
+    """With an axis of size 1, strides may be contiguous and channels_last both: torch's kernels guess."""
+    r_max, d_max = limits
+    x = lay_out(torch.randn(shape, device=device) + (200 if shape[1] == 1 else 0), "channels_last")
+    mean, var = (v * torch.ones(shape[1], device=device) for v in (x.mean(), 1.5))
+    options = {"r_max": r_max, "d_max": d_max}
+    truth = batch_renorm_reference(x, mean, var, **options)
+    for layouts in (("contiguous", "channels_last"), ("channels_last", "channels_last")):
+        z, dy = (lay_out(t, layout) for t, layout in zip((x, torch.randn_like(x)), layouts, strict=True))
+        dx = reference_gradients(dy, x, mean, var, **options)[0]
+        z = z.detach().requires_grad_()
+        y = batch_renorm(z, mean.clone(), var.clone(), training=True, **options)
+        y.backward(dy)
+        assert_accurate(y, truth.y, 1e-5 if shape[1] == 1 else None)
+        assert_accurate(z.grad, dx, 1e-5 if shape[1] == 1 else None)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_no_eps(affine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A constant channel then has no y; its running variance falls, with a gradient or without."""
+    monkeypatch.setenv("TRITON_BRN_BACKEND", "eager")
+    for requires_grad in (True, False):
+        layer = BatchRenorm1d(2, eps=0.0, affine=affine).requires_grad_(requires_grad)
+        x = torch.stack((torch.full((8,), 2.0), torch.randn(8)), 1)
+        assert layer(x)[:, 0].isnan().all()
+        assert layer.running_var[0] == pytest.approx(0.99**2)
+
+
 def test_large_maps_that_are_bad_or_far(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_BRN_BACKEND", "eager")
     x = torch.randn(4, 9, 48, 48)

@@ -35,7 +35,7 @@ class Saved(NamedTuple):
     r: Tensor
     d: Tensor
     scale: Tensor  # gamma * r
-    slope: Tensor | None  # gamma * r / sigma_B, for ``wide_backward``; None: torch's own kernel
+    wide: bool  # whether ``wide_backward`` is right, and quicker than torch's own kernel
 
 
 def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_max, d_max, average_std):  # type: ignore[no-untyped-def]
@@ -73,16 +73,15 @@ def forward(x, weight, bias, running_mean, running_var, step, momentum, eps, r_m
     update(running_mean, running_var, mean, new_var, alpha)
     if step is not None:
         step.fill_(batches + 1) if step.is_cpu else step.add_(1)
-    rstd, slope = std.reciprocal(), None
+    rstd, wide = std.reciprocal(), False
     # Last: the passes over x put the code of the many operations on C numbers out of the caches.
     if dense.ndim == 2 and dense.dtype == rstd.dtype:  # 27 us at (256, 1024), torch's batch-norm kernel: 90
         slope = scale * rstd
         y = torch.addcmul(torch.addcmul(shift, at, slope, value=-1), dense, slope)
-        if not near or x.numel() < WIDE_ELEMENTS or x.shape[1] < WIDE_CHANNELS:
-            slope = None
+        wide = near and x.numel() >= WIDE_ELEMENTS and x.shape[1] >= WIDE_CHANNELS
     else:
         y = applied(dense, scale, shift, at, var, eps, scratch)
-    return like(y, x), Saved(mean, rest, rstd, r, d, scale, slope)
+    return like(y, x), Saved(mean, rest, rstd, r, d, scale, wide)
 
 
 def batch_norm(x, weight, bias, running_mean, running_var, step, momentum, eps, r_max, d_max, average_std):  # type: ignore[no-untyped-def]
@@ -93,8 +92,7 @@ def batch_norm(x, weight, bias, running_mean, running_var, step, momentum, eps, 
     batches: Any = None if step is None else int(step)
     if limit_at(d_max, batches) != 0 or limit_at(r_max, batches) != 1 or not average_std:
         return None
-    same = all(t is None or t.dtype == running_mean.dtype for t in (x, weight, bias))
-    if not same or as_dense(x) is not x or has_planes(x, running_mean):
+    if not torch_serves(x, weight, bias, running_mean, eps):
         return None
     y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
     with _AutoDispatchBelowAutograd():
@@ -107,6 +105,17 @@ def batch_norm(x, weight, bias, running_mean, running_var, step, momentum, eps, 
         if step is not None:
             step.fill_(batches + 1)
     return y
+
+
+def torch_serves(x, weight, bias, running_mean, eps) -> bool:  # type: ignore[no-untyped-def]
+    """Whether torch's batch norm is right for such a batch, and the quickest."""
+    if any(t is not None and t.dtype != running_mean.dtype for t in (x, weight, bias)):
+        return False
+    if x.ndim > 3 and 1 in x.shape:  # its backward takes dy for channels_last where dx is not
+        return False
+    if eps == 0 or (weight is None and bias is not None):  # constant channels; double backward
+        return False
+    return as_dense(x) is x and not has_planes(x, running_mean)
 
 
 def inference(x, weight, bias, running_mean, running_var, eps, save):  # type: ignore[no-untyped-def]
@@ -131,12 +140,12 @@ def unstacked(saved: Tensor, weight: Tensor | None) -> Saved:
     mean, rest, rstd, r, d = saved.unbind()
     scale = r if weight is None else weight * r
     # There is a rest on the CPU only; elsewhere one would wait to see that.
-    return Saved(mean, rest if rest.is_cpu and bool(rest.any()) else None, rstd, r, d, scale, None)
+    return Saved(mean, rest if rest.is_cpu and bool(rest.any()) else None, rstd, r, d, scale, False)
 
 
 def backward(dy, x, weight, saved, training, needs):  # type: ignore[no-untyped-def]
     """Gradients; r and d are constants. dgamma = r sum(dy xn) + d sum(dy), xn = (x - mean)/sigma_B."""
-    mean, rest, rstd, r, d, scale, slope = saved
+    mean, rest, rstd, r, d, scale, wide = saved
     dtype = mean.dtype if weight is None else weight.dtype
     wants_vectors = needs[1] or needs[2]
     if x.numel() == 0 or not any(needs):
@@ -146,8 +155,8 @@ def backward(dy, x, weight, saved, training, needs):  # type: ignore[no-untyped-
     if rest is not None:
         dense, mean = centred(dense, mean), rest
     dy = like(dy, dense)  # torch's path for mixed layouts is slow and sums half-precision dy in half
-    if slope is not None and needs[0]:
-        dx, dgamma, dbeta = wide_backward(dy, dense, mean, rstd, slope)
+    if wide and needs[0]:
+        dx, dgamma, dbeta = wide_backward(dy, dense, mean, rstd, scale * rstd)
     else:
         stats = (None if training else mean, None if training else rstd**-2, mean, rstd)
         mask = [needs[0], wants_vectors, wants_vectors]
@@ -164,11 +173,11 @@ def differentiable_backward(dy, x, weight, saved, training, eps):  # type: ignor
     mean, _, rstd, r, d, *_ = saved
     axes, column = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
     mean, rstd, r, d = (v.view(column) for v in (mean, rstd, r, d))
-    g, t = dy.to(mean.dtype), x.to(mean.dtype)
+    g, t = dy.to(mean.dtype), x.to(mean.dtype) - mean  # a constant: what it leaves of a mean is small
     if training:
-        mean = t.mean(axes, keepdim=True)
-        rstd = ((t - mean).square().mean(axes, keepdim=True) + eps).rsqrt()
-    xn = (t - mean) * rstd
+        t = t - t.mean(axes, keepdim=True)
+        rstd = (t.square().mean(axes, keepdim=True) + eps).rsqrt()
+    xn = t * rstd
     sum_g, sum_gx = g.sum(axes, keepdim=True), (g * xn).sum(axes, keepdim=True)
     scale = r if weight is None else weight.to(mean.dtype).view(column) * r
     count = max(x.numel() // max(x.shape[1], 1), 1)
@@ -216,10 +225,12 @@ def moments_of_planes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Its groups are single planes; their moments are merged by Chan, Golub and LeVeque's formula (1979).
     """
     n, c = x.shape[:2]
-    scratch, means, rstds = torch.native_group_norm(x, None, None, n, c, x.numel() // (n * c), c, 0.0)
+    planes = x.view(n, c, -1)  # of three axes: else torch takes one channel for channels_last, less exactly
+    scratch, means, rstds = torch.native_group_norm(planes, None, None, n, c, planes.shape[2], c, 0.0)
     mean = means.mean(0)
     deviations = means.sub_(mean)
-    return mean, rstds.pow_(-2).addcmul_(deviations, deviations).mean(0), scratch
+    var = rstds.pow_(-2).addcmul_(deviations, deviations).mean(0)
+    return mean, var, scratch.as_strided(x.shape, x.stride())
 
 
 def applied(x, scale, shift, mean, var, eps, scratch):  # type: ignore[no-untyped-def]

@@ -147,13 +147,17 @@ class _PlainTraining(torch.autograd.Function):
     def forward(ctx: Any, x, weight, bias, running_mean, running_var, step, settings):  # type: ignore[no-untyped-def]
         with _AutoDispatchBelowAutograd():  # saves 2 us per torch operation where inputs require grad
             y, saved = eager.forward(x, weight, bias, running_mean, running_var, step, *settings)
-        ctx.save_for_backward(x, weight, *saved)
-        ctx.eps = settings[1]
+        # As many tensors as torch's batch norm saves, which serves while r = 1, d = 0: checkpointing counts
+        # them. The others belong to this forward, whatever a second one makes of x.
+        rest = [] if saved.rest is None else [saved.rest]
+        ctx.save_for_backward(x, weight, saved.mean, saved.rstd, *rest)
+        ctx.saved, ctx.eps = saved, settings[1]
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]
-        x, weight, *saved = ctx.saved_tensors
+        x, weight, mean, rstd, *rest = ctx.saved_tensors
+        saved = ctx.saved._replace(mean=mean, rstd=rstd, rest=rest[0] if rest else None)
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             grads = eager.differentiable_backward(dy, x, weight, saved, True, ctx.eps)
