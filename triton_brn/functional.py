@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -137,7 +138,7 @@ class _Training(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]
-        return (*_gradients(ctx, dy, True), None, None, None, None)
+        return (*_gradients(ops.backward, ctx, dy, *ctx.saved_tensors, True), None, None, None, None)
 
 
 class _PlainTraining(torch.autograd.Function):
@@ -148,23 +149,22 @@ class _PlainTraining(torch.autograd.Function):
         with _AutoDispatchBelowAutograd():  # saves 2 us per torch operation where inputs require grad
             y, saved = eager.forward(x, weight, bias, running_mean, running_var, step, *settings)
         # As many tensors as torch's batch norm saves, which serves while r = 1, d = 0: checkpointing counts
-        # them. The others belong to this forward, whatever a second one makes of x.
-        rest = [] if saved.rest is None else [saved.rest]
-        ctx.save_for_backward(x, weight, saved.mean, saved.rstd, *rest)
-        ctx.saved, ctx.eps = saved, settings[1]
+        # them. The correction belongs to this forward, whatever a second one makes of x.
+        mean, rest, rstd, *ctx.correction = saved
+        ctx.save_for_backward(x, weight, mean, rstd, *([] if rest is None else [rest]))
+        ctx.eps = settings[1]
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]
         x, weight, mean, rstd, *rest = ctx.saved_tensors
-        saved = ctx.saved._replace(mean=mean, rstd=rstd, rest=rest[0] if rest else None)
-        needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            grads = eager.differentiable_backward(dy, x, weight, saved, True, ctx.eps)
-        else:
-            with _AutoDispatchBelowAutograd():
-                grads = eager.backward(dy, x, weight, saved, True, needs)
-        return (*_wanted(needs, grads), None, None, None, None)
+        saved = eager.Saved(mean, rest[0] if rest else None, rstd, *ctx.correction)
+        return (*_gradients(_plain_backward, ctx, dy, x, weight, saved, True), None, None, None, None)
+
+
+def _plain_backward(*args: Any) -> tuple[Tensor, ...]:
+    with _AutoDispatchBelowAutograd():
+        return eager.backward(*args)
 
 
 # ``apply`` without what torch adds for functorch, which costs 6 us.
@@ -184,16 +184,15 @@ class _Inference(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]
-        return (*_gradients(ctx, dy, False), None, None, None)
+        return (*_gradients(ops.backward, ctx, dy, *ctx.saved_tensors, False), None, None, None)
 
 
-def _gradients(ctx: Any, dy: Tensor, training: bool) -> tuple[Tensor | None, ...]:
-    x, weight, saved = ctx.saved_tensors
+def _gradients(backward: Callable[..., Any], ctx: Any, dy, x, weight, saved, training):  # type: ignore[no-untyped-def]
+    """The gradients of x, weight and bias that are asked for, by ``backward`` or, under create_graph, in
+    operations that autograd follows."""
     needs = ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: autograd follows
-        return _wanted(needs, eager.differentiable_backward(dy, x, weight, saved, training, ctx.eps))
-    return _wanted(needs, ops.backward(dy, x, weight, saved, training, needs))
-
-
-def _wanted(needs: tuple[bool, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        grads = eager.differentiable_backward(dy, x, weight, saved, training, ctx.eps)
+    else:
+        grads = backward(dy, x, weight, saved, training, needs)
     return grads if all(needs) else tuple(g if need else None for g, need in zip(grads, needs, strict=True))
