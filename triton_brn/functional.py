@@ -138,7 +138,7 @@ class _Training(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]
-        return (*_gradients(ops.backward, ctx, dy, *ctx.saved_tensors, True), None, None, None, None)
+        return (*_gradients(ops.backward, True, ctx, dy, *ctx.saved_tensors), None, None, None, None)
 
 
 class _PlainTraining(torch.autograd.Function):
@@ -159,7 +159,7 @@ class _PlainTraining(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]
         x, weight, mean, rstd, *rest = ctx.saved_tensors
         saved = eager.Saved(mean, rest[0] if rest else None, rstd, *ctx.correction)
-        return (*_gradients(_plain_backward, ctx, dy, x, weight, saved, True), None, None, None, None)
+        return (*_gradients(_plain_backward, True, ctx, dy, x, weight, saved), None, None, None, None)
 
 
 def _plain_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -184,10 +184,10 @@ class _Inference(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):  # type: ignore[no-untyped-def]
-        return (*_gradients(ops.backward, ctx, dy, *ctx.saved_tensors, False), None, None, None)
+        return (*_gradients(ops.backward, False, ctx, dy, *ctx.saved_tensors), None, None, None)
 
 
-def _gradients(backward: Callable[..., Any], ctx: Any, dy, x, weight, saved, training):  # type: ignore[no-untyped-def]
+def _gradients(backward: Callable[..., Any], training: bool, ctx: Any, dy, x, weight, saved):  # type: ignore[no-untyped-def]
     """The gradients of x, weight and bias that are asked for, by ``backward`` or, under create_graph, in
     operations that autograd follows."""
     needs = ctx.needs_input_grad[:3]
