@@ -36,6 +36,7 @@ from triton_brn.kernels.inference import inference_kernel
 
 from triton_brn import planner
 from triton_brn.planner import Device, Plan
+from triton_brn.validate import NAMED_DTYPES
 from triton_brn.views import View
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950")
@@ -63,7 +64,6 @@ VIEWS = (
     View(2_000_000, 64, 1),
     View(640, 17, 1),
 )
-ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 NUMBER = ("fp32", "fp32")
 RAMP = (NUMBER,) * 4
 SIZES = {"outer": "i32", "channels": "i32", "inner": "i32"}
@@ -122,7 +122,7 @@ def launches(view: View, dtype: str, gpu: Device) -> Iterator[Launch]:
     names = {"forward": "STATISTICS", "backward": "SUMS"}
     kernels = {"forward": forward_kernel, "backward": backward_kernel}
     for direction, kernel in kernels.items():
-        for how in plans(direction, view, ITEMSIZE[dtype], gpu):
+        for how in plans(direction, view, NAMED_DTYPES[dtype].itemsize, gpu):
             exchange = stat if how.split else "constexpr"
             workspace = (exchange, exchange, "*i32")
             signature = {**signatures[direction], "workspace": workspace, **SIZES}
@@ -131,7 +131,7 @@ def launches(view: View, dtype: str, gpu: Device) -> Iterator[Launch]:
             for sums, apply in ((True, False), (False, True)) if split else ((True, True),):
                 flags = {names[direction]: sums, "APPLY": apply, "KEEP": how.kept, "SPLIT": how.split}
                 yield Launch(kernel, how, {**kind, **flags}, signature)
-    how = planner.plan("inference", view, ITEMSIZE[dtype], gpu)
+    how = planner.plan("inference", view, NAMED_DTYPES[dtype].itemsize, gpu)
     pair = (stat, stat)
     signature = {"x": x, "y": x, "affine": pair, "running": pair, "saved": stat, **SIZES, "eps": NUMBER}
     yield Launch(inference_kernel, how, {"SAVE": True}, signature)
@@ -154,7 +154,7 @@ def row_of(target: str, dtype: str, view: View, launch: Launch) -> Row:
     programs = device(target).co_resident(how.num_warps, facts.registers) // device(target).sms
     per_thread = how.tile.elements / (how.num_ctas * how.num_warps * (32 if nvidia else 64))
     tensors = 2 if launch.flags.get("TRAINING") else 1
-    wide = sum(n >= how.tile.vec * ITEMSIZE[dtype] for n in facts.loads)
+    wide = sum(n >= how.tile.vec * NAMED_DTYPES[dtype].itemsize for n in facts.loads)
     wrong = []
     if facts.spills:
         wrong.append("spills")

@@ -98,6 +98,7 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+@functools.cache
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed, up to 32 MiB a piece, until the process ends.
 

@@ -26,7 +26,7 @@ from ._bench_measure import (
     stamp,
     wall_clock,
 )
-from ._bench_peers import OURS, PlainBatchRenorm
+from ._bench_peers import LIMITS, OURS, PlainBatchRenorm
 from .convert import convert_batchnorm
 
 CLASSES = 1000
@@ -85,9 +85,9 @@ def with_plain(module: nn.Module) -> nn.Module:
     return module
 
 
-#: How each contestant is made of the network with BatchNorm; ours with the limits that its ramps reach.
+#: How each contestant is made of the network with BatchNorm.
 VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    OURS: functools.partial(convert_batchnorm, r_max=3.0, d_max=5.0),
+    OURS: functools.partial(convert_batchnorm, **LIMITS),
     "BatchNorm": lambda model: model,
     "plain PyTorch": with_plain,
 }
