@@ -1,4 +1,4 @@
-"""torch.compile, autocast, opcheck and gradcheck: the operators as torch sees them."""
+"""torch.compile, autocast and opcheck: the operators as torch sees them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reference import assert_accurate, batch_renorm_reference, inputs
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from triton_brn import BatchRenorm2d, Ramp, batch_renorm
+from triton_brn import BatchRenorm2d, Ramp
 from triton_brn.ops import OPS
 
 RAMP = {"r_max": Ramp(1.0, 3.0, begin=0, end=3), "d_max": Ramp(0.0, 5.0, begin=0, end=3)}
@@ -158,98 +158,3 @@ def test_opcheck(what: str, backend: str, device) -> None:
         (False, [False, True, True]),
     ):
         torch.library.opcheck(OPS.backward, (case.dy, leaves[0], leaves[1], saved, training, needs))
-
-
-def with_fixed_correction(r: Tensor, d: Tensor, eps: float) -> Callable[..., Tensor]:
-    """batch_renorm whose running statistics follow x, so that r and d are constant indeed."""
-
-    def function(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        axes = [0, *range(2, x.ndim)]
-        with torch.no_grad():
-            sigma = (x.var(axes, correction=0) + eps).sqrt() / r
-            mean = x.mean(axes) - d * sigma
-        return batch_renorm(x, mean, sigma**2 - eps, weight, bias, training=True, eps=eps)
-
-    return function
-
-
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gradcheck_training(layout: str, affine: bool, backend: str, device) -> None:
-    case = inputs((3, 3, 2, 3), torch.float64, layout, device=device, affine=affine)
-    leaves = [t.detach().requires_grad_() for t in (case.x, case.weight, case.bias) if t is not None]
-    free = batch_renorm_reference(*case.args)
-    for r, d in ((free.r, free.d), (free.r / 3, free.d / 5), (torch.ones(3), torch.zeros(3))):
-        function = with_fixed_correction(r.to(device) * (1 - 1e-9), d.to(device) * (1 - 1e-9), 1e-3)
-        assert torch.autograd.gradcheck(function, leaves, fast_mode=backend == "triton", nondet_tol=0.0)
-
-
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gradcheck_inference(layout: str, affine: bool, backend: str, device) -> None:
-    case = inputs((3, 3, 2, 3), torch.float64, layout, device=device, affine=affine)
-    leaves = [t.detach().requires_grad_() for t in (case.x, case.weight, case.bias) if t is not None]
-
-    def function(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        return batch_renorm(x, case.running_mean, case.running_var, weight, bias)
-
-    assert torch.autograd.gradcheck(function, leaves, fast_mode=backend == "triton", nondet_tol=0.0)
-
-
-@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)])
-@pytest.mark.parametrize("training", [True, False])
-def test_only_the_gradients_asked_for(training: bool, needs: tuple[int, ...], backend: str, device) -> None:
-    case = inputs((4, 3, 5), device=device)
-
-    def gradients(wanted: tuple[int, ...]) -> list[Tensor | None]:
-        leaves = [
-            t.detach().clone().requires_grad_(bool(n))
-            for t, n in zip((case.x, case.weight, case.bias), wanted, strict=True)
-        ]
-        x, weight, bias = leaves
-        statistics = (case.running_mean.clone(), case.running_var.clone())
-        batch_renorm(x, *statistics, weight, bias, training=training).backward(case.dy)
-        return [t.grad for t in leaves]
-
-    for got, full, need in zip(gradients(needs), gradients((1, 1, 1)), needs, strict=True):
-        if need:
-            torch.testing.assert_close(got, full, rtol=0, atol=1e-6)
-        else:
-            assert got is None
-
-
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gradgradcheck(layout: str, affine: bool, backend: str, device) -> None:
-    """As for a gradient penalty."""
-    case = inputs((3, 3, 2, 3), torch.float64, layout, device=device, affine=affine)
-    leaves = [t.detach().requires_grad_() for t in (case.x, case.weight, case.bias) if t is not None]
-    free = batch_renorm_reference(*case.args)
-    fixed = with_fixed_correction(free.r.to(device) * (1 - 1e-9), free.d.to(device) * (1 - 1e-9), 1e-3)
-
-    def plain(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        statistics = (case.running_mean.clone(), case.running_var.clone())
-        return batch_renorm(x, *statistics, weight, bias, training=True, r_max=1.0, d_max=0.0)
-
-    def inference(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        return batch_renorm(x, case.running_mean, case.running_var, weight, bias)
-
-    for function in (fixed, plain, inference):
-        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=backend == "triton")
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_that_can_be_differentiated_are_the_same(
-    dtype: torch.dtype, training: bool, backend: str, device
-) -> None:
-    case = inputs((4, 3, 5), dtype, device=device)
-    if dtype == torch.float32 and training:
-        case.x[:, 1] = case.x[:, 1] * 1e-2 + 1e4
-    leaves = [t.requires_grad_() for t in (case.x, case.weight, case.bias)]
-    y = batch_renorm(*case.args, training=training)
-    expected = torch.autograd.grad(y, leaves, case.dy, retain_graph=True)
-    actual = torch.autograd.grad(y, leaves, case.dy, create_graph=True)
-    assert actual[0].requires_grad
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=torch.finfo(dtype).eps * 4, atol=1e-5)

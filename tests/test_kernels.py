@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -264,17 +265,22 @@ def test_launches(layout: str, device, launched: list[str]) -> None:
     assert launched == ["inference_kernel", "backward_kernel"]
 
 
+@pytest.fixture
+def replanned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., planner.Plan]], None]:
+    """Has every plan changed by a function of it and the view."""
+
+    def use(change: Callable[..., planner.Plan]) -> None:
+        original = planner.plan
+        monkeypatch.setattr(planner, "plan", lambda *args: change(original(*args), args[1]))
+        monkeypatch.setattr(launch, "_calls", {})
+
+    return use
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strategy", EVERYWHERE)
-def test_int64_offsets(strategy: str, layout: str, device, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = planner.plan
-
-    def wide(*args):
-        how = original(*args)
-        return dataclasses.replace(how, tile=how.tile._replace(wide=True))
-
-    monkeypatch.setattr(planner, "plan", wide)
-    monkeypatch.setattr(launch, "_calls", {})
+def test_int64_offsets(strategy: str, layout: str, device, replanned) -> None:
+    replanned(lambda how, view: dataclasses.replace(how, tile=how.tile._replace(wide=True)))
     check(inputs((2, 9, 5, 5), torch.bfloat16, layout, device=device), strategy)
     run(inputs((2, 9, 5, 5), torch.bfloat16, layout, device=device), training=False)
 
@@ -282,18 +288,16 @@ def test_int64_offsets(strategy: str, layout: str, device, monkeypatch: pytest.M
 @pytest.mark.parametrize("shape", [(700, 9), (1500, 8), (9, 3, 31, 32), (9, 3, 31, 31), (100, 17, 7, 7)])
 @pytest.mark.parametrize("stages", [2, 4] if GPU.capability else [2])
 @pytest.mark.parametrize("strategy", [s for s in ("blocked", "two_launch") if s in STRATEGIES])
-def test_tiles_that_are_on_their_way(strategy: str, stages: int, shape, device, monkeypatch) -> None:
+def test_tiles_that_are_on_their_way(strategy: str, stages: int, shape, device, replanned) -> None:
     """Loops that load tiles ahead, as tuning tries them; the interpreter has no notion of it."""
-    original = planner.plan
 
-    def ahead(*args):
-        how = original(*args)
-        splits = views.whole_splits(views.length(args[1], how.tile), 2, how.tile.grain)
-        assert views.length(args[1], how.tile) > 2 * splits * how.tile.block, "loops of two tiles at least"
+    def ahead(how: planner.Plan, view: views.View) -> planner.Plan:
+        total = views.length(view, how.tile)
+        splits = views.whole_splits(total, 2, how.tile.grain)
+        assert total > 2 * splits * how.tile.block, "loops of two tiles at least"
         return dataclasses.replace(how, splits=splits, tile=how.tile._replace(stages=stages))
 
-    monkeypatch.setattr(planner, "plan", ahead)
-    monkeypatch.setattr(launch, "_calls", {})
+    replanned(ahead)
     check(inputs(shape, torch.bfloat16, device=device), strategy)
     run(inputs(shape, torch.bfloat16, device=device), training=False)
 
