@@ -190,7 +190,7 @@ def finalise(
         v_new = u * (u + 2.0 * root)
     else:
         v_new = v + alpha * (m2 / (count - 1.0) - v)
-    update = exists & (v_new < float("inf"))  # where the mean is not finite, m2 is NaN
+    update = exists & (v_new < float("inf"))  # where the mean is not finite, m2 is NaN or inf
     tl.debug_barrier()  # every warp has read what one of them is about to overwrite
     tl.store(running[0] + channel, mu + alpha * ((mean - mu) + rest), mask=update)
     tl.store(running[1] + channel, v_new, mask=update)

@@ -11,6 +11,7 @@ from .planner import (
     KEPT_REGISTERS,
     LOOPED_REGISTERS_MORE,
     MOST_WARPS,
+    SHARED_RESERVED,
     STRATEGIES,
     Device,
     Plan,
@@ -163,7 +164,7 @@ def _looped(choice: Choice, call: _Call) -> Plan | None:
     slots, most = n, MOST_SPLITS
     tensors = 3 if call.direction == "backward" else 2
     shared = choice.stages * tile.elements * call.itemsize * (tensors - 1) if choice.stages > 1 else 0
-    if call.device.shared and shared + 1024 > call.device.shared:
+    if call.device.shared and shared + SHARED_RESERVED > call.device.shared:
         return None
     if choice.strategy == "blocked":
         each = call.view.outer * call.view.inner * tile.channels * call.itemsize

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from .views import Tile, View, addressing, groups, length, power_of_two, vectors, whole_splits
 
+#: Bytes of each program's shared memory that CUDA keeps for itself.
+SHARED_RESERVED = 1024
 STRATEGIES = ("resident", "cluster", "cooperative", "blocked", "two_launch")
 
 
@@ -37,7 +39,7 @@ class Device:
         time; 0 if none may wait."""
         each = self.registers // (warps * self.warp * -(registers // -8) * 8)  # they are handed out by eight
         if self.shared:
-            each = min(each, self.shared // (shared + 1024))  # CUDA keeps a kilobyte of each program's
+            each = min(each, self.shared // (shared + SHARED_RESERVED))
         return self.sms * each if self.waits else 0
 
 
