@@ -5,13 +5,13 @@ import triton.language as tl
 
 from .barrier import arrive, is_last, release, wait
 from .statistics import (
+    centred_moments,
     count_batch,
     finalise,
     load_running,
     merge,
     merge_partials,
     moments,
-    moments_of_both,
     moments_of_places,
     store_partial,
     two_sum,
@@ -105,7 +105,8 @@ def forward_kernel(
                     first, _ = edge_segments(begin, end, inner, T)
                     e_place = edges(first, begin, end, group, channels, inner, T)
                     e = load(x, e_place, STAT, "")
-                mean, rest, m2 = moments_of_both(t, place[1], e, e_place[1], n, inner, T.edges, T)
+                mean, rest, m2, t, e = centred_moments(t, place[1], e, e_place[1], n, inner, T.edges, T)
+                centre = mean
             else:
                 KEPT: tl.constexpr = "evict_last" if APPLY else ""
                 mean, rest, m2 = moments_of_split(x, begin, end, group, channels, inner, STAT, KEPT, T)
@@ -157,11 +158,13 @@ def forward_kernel(
                 mean = tl.load(saved + channel, mask=exists, other=0.0)
                 a = tl.load(published + channel, mask=exists, other=0.0)
                 b = tl.load(published + channels + channel, mask=exists, other=0.0)
+                if KEEP:
+                    b += (centre - mean) * a
             mean, a, b = spread(mean, inner, T), spread(a, inner, T), spread(b, inner, T)
             if KEEP:
-                store(y, place, (t - mean) * a + b)
+                store(y, place, t * a + b)
                 if T.edges:
-                    store(y, e_place, (e - mean) * a + b)
+                    store(y, e_place, e * a + b)
             else:
                 normalise_split(x, y, begin, end, group, channels, inner, mean, a, b, STAT, T)
             if not SPLIT:

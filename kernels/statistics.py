@@ -22,27 +22,28 @@ def two_sum(a, b):
 @triton.jit
 def moments(t, inside, count, inner, T: tl.constexpr):
     """mean, rest and M2 = sum((t - mean - rest)^2) of the ``count`` elements of each channel."""
-    return moments_of_both(t, inside, t, inside, count, inner, False, T)
+    mean, rest, m2, t, t = centred_moments(t, inside, t, inside, count, inner, False, T)
+    return mean, rest, m2
 
 
 @triton.jit
-def moments_of_both(t, inside, e, e_inside, count, inner, BOTH: tl.constexpr, T: tl.constexpr):
-    """The moments of a tile or, if BOTH, of a tile and the tile of its edges."""
+def centred_moments(t, inside, e, e_inside, count, inner, BOTH: tl.constexpr, T: tl.constexpr):
+    """The moments of a tile or, if BOTH, of a tile and the tile of its edges; then both tiles minus mean."""
     s = channel_sum(t, inner, T)
     if BOTH:
         s += channel_sum(e, inner, T)
     mean = s / count
-    s = channel_sum(tl.where(inside, t - spread(mean, inner, T), 0.0), inner, T)
+    t -= tl.where(inside, spread(mean, inner, T), 0.0)  # t is 0 where masked
+    s = channel_sum(t, inner, T)
+    m2 = channel_sum(t * t, inner, T)
     if BOTH:
-        s += channel_sum(tl.where(e_inside, e - mean, 0.0), inner, T)
-    mean, rest = two_sum(mean, s / count)
-    # Centred anew: the tile above need not wait in registers, and what remains of its sum is nothing.
-    centred = tl.where(inside, (t - spread(mean, inner, T)) - spread(rest, inner, T), 0.0)
-    m2 = channel_sum(centred * centred, inner, T)
-    if BOTH:
-        centred_e = tl.where(e_inside, (e - mean) - rest, 0.0)
-        m2 += channel_sum(centred_e * centred_e, inner, T)
-    return mean, rest, m2
+        e -= tl.where(e_inside, mean, 0.0)
+        s += channel_sum(e, inner, T)
+        m2 += channel_sum(e * e, inner, T)
+    # The corrected two-pass algorithm (Chan, Golub and LeVeque 1983): what is taken away is tiny, because
+    # rest is no more than what rounding left in mean.
+    rest = s / count
+    return mean, rest, tl.maximum(m2 - s * rest, 0.0, propagate_nan=tl.PropagateNan.ALL), t, e
 
 
 @triton.jit
