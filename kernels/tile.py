@@ -24,6 +24,13 @@ import triton.language as tl
 
 
 @triton.jit
+def quotient(n, d):
+    """n // d of numbers that are not negative: a GPU divides unsigned ones in fewer instructions."""
+    UNSIGNED: tl.constexpr = tl.uint64 if n.dtype == tl.int64 else tl.uint32
+    return (n.to(UNSIGNED) // d).to(n.dtype)
+
+
+@triton.jit
 def length(outer, inner, T: tl.constexpr):
     """How many rows, or vectors, a channel has."""
     if T.rows:
@@ -94,13 +101,13 @@ def locate(start, stop, group, channels, inner, T: tl.constexpr):
         return i * row + column, inside
     else:
         per_segment = vectors(inner, T)
-        segment = i // per_segment
+        segment = quotient(i, per_segment.to(tl.uint32))
         vector = i - segment * per_segment
         if T.window:
             base = (segment * channels + group) * inner
-            first = (first_sector(base, T) * (T.lead // T.vec) + vector) * T.vec
+            first = first_sector(base, T) * T.lead + vector * T.vec
             if T.edges:
-                last = (base + inner) // T.lead * T.lead
+                last = quotient(base + inner, T.lead) * T.lead
                 inside = (i < stop) & (first < last)
             else:
                 inside = (i < stop) & (first + T.vec > base) & (first < base + inner)
@@ -123,9 +130,9 @@ def rows_or_vectors(start, stop, place, T: tl.constexpr):
 def first_sector(base, T: tl.constexpr):
     """The first sector of the segment that begins at element ``base``."""
     if T.edges:
-        return (base + T.lead - 1) // T.lead
+        return quotient(base + T.lead - 1, T.lead)
     else:
-        return base // T.lead
+        return quotient(base, T.lead)
 
 
 @triton.jit
