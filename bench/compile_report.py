@@ -55,10 +55,12 @@ VIEWS = (
     View(4, 192, 1225),  # window
     View(4, 32, 22_201),
     View(64, 32, 22_201),
+    View(256, 64, 1225),
     View(8, 192, 289),
     View(512, 64, 169),
     View(300, 3, 15),  # too few channels to fold, too small for edges
     View(512, 2048, 1),  # rows
+    View(512, 256, 1),
     View(32, 64, 1),
     View(100_352, 64, 1),
     View(2_000_000, 64, 1),

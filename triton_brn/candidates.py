@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from .planner import (
     EDGES,
+    HALF_SECTOR,
     KEPT_REGISTERS,
     LOOPED_REGISTERS_MORE,
     MOST_WARPS,
+    SECTOR,
     SHARED_RESERVED,
     STRATEGIES,
     Device,
@@ -31,7 +33,7 @@ class Choice:
 
     strategy: str
     block: int  # rows, or vectors, per tile; a tile that holds a whole channel follows the sizes
-    width: int  # elements of a row per tile
+    width: int  # elements of a row per tile; cooperative rows are a sector wide
     warps: int
     ctas: int  # programs of a cluster
     slots: int  # channel groups served at a time, at most
@@ -114,16 +116,18 @@ def planned(choice: Choice, direction: str, view: View, itemsize: int, device: D
 
 def _whole(choice: Choice, call: _Call) -> Plan | None:
     """A channel group kept by one program, or by one cluster."""
-    tile = call.kept(power_of_two(call.total))
+    row_bytes = max(HALF_SECTOR, min(SECTOR, choice.width * call.itemsize))
+    tile = call.kept(power_of_two(call.total), row_bytes)
     programs = choice.ctas
-    if choice.strategy == "cluster":
+    cluster = choice.strategy == "cluster"
+    if cluster:
         if tile.rows or not 2 <= programs <= MOST_CLUSTER:
             return None
         if tile.elements < programs * choice.warps * call.device.warp * tile.vec:
             return None
     if choice.warps > MOST_WARPS or not _fills(tile, choice.warps, call):
         return None
-    if tile.elements > programs * choice.warps * call.keeps(waits=False):
+    if tile.elements > programs * choice.warps * call.keeps(False, cluster):
         return None
     n = groups(call.view, tile)
     return Plan(choice.strategy, tile, n, n, 1, choice.warps, KEPT_REGISTERS, programs)

@@ -83,9 +83,10 @@ class Plan:
 
 #: Elements of x that a thread keeps without spilling. Compiled for sm_80 to sm_100 with 4 warps: forward, 64
 #: take 181 to 255 registers; backward, which keeps x and dy, 178 to 255. Half-precision maps, forward, fit
-#: 128 (236 to 255). Where the masks of a window or of folded rows wait too, 64 spill. float64 takes two
-#: registers an element.
-KEEPS, KEEPS_FORWARD_HALF_ALIGNED, KEEPS_MASKED = 64, 128, 32
+#: 128 (236 to 255) if they are aligned or, in clusters, so large that their edges are few. Where each element
+#: has a mask of its own, and where folded rows wait, 64 spill. float64 takes two registers an element.
+KEEPS, KEEPS_FORWARD_HALF, KEEPS_MASKED = 64, 128, 32
+LARGE_MAP = 72  # sectors
 #: Elements a thread holds before a kept tile gets more warps: every warp reads its channels' numbers
 #: again, which costs 512x16 rows in bfloat16 13 % of traffic with 8 warps, 7 % with 4.
 PER_THREAD = 64
@@ -103,6 +104,9 @@ LOOPED_REGISTERS, LOOPED_REGISTERS_MORE = 128, 168
 #: reads of its channels' numbers is then below 5 % of the traffic, of rows below 10 %. Where a channel is
 #: shared by four or more programs, the one that finalises weighs less.
 SHARED, SHARED_BY_MANY, SHARED_ROWS = 8_192, 5_000, 5_400
+#: Bytes of a kept row. With half a sector, each is read by two multiprocessors, by one of them from L2, and
+#: both have half of the work: better than to leave half of them idle.
+SECTOR, HALF_SECTOR = 32, 16
 #: Programs per multiprocessor that a launch aims at where none waits.
 PROGRAMS_PER_SM = 4
 #: Segments whose edges make a tile of a loop.
@@ -189,6 +193,9 @@ class _Call:
         if tile.elements > limit:
             return f"a channel group takes {tile.elements:,} elements, a program's registers hold {limit:,}"
         n = groups(self.view, tile)
+        if 2 * n <= self.device.sms:
+            tile = self.kept(tile.block, HALF_SECTOR)
+            n = groups(self.view, tile)
         large = tile.elements > limit // 2  # alone on a multiprocessor
         few = n < self.device.sms and tile.elements > SHARED
         if not forced and (large or few) and self.device.clusters and isinstance(self.cluster(False), Plan):
@@ -201,14 +208,15 @@ class _Call:
             return "a cluster splits a channel, and Triton would split the columns of rows"
         tile = self.kept(power_of_two(self.total))
         n = groups(self.view, tile)
+        keeps = self.keeps(waits=False, cluster=True)
         for ctas, warps in ((2, 4), (4, 4), (8, 4), (8, 8), (16, 8)):
-            fits = tile.elements <= ctas * warps * self.keeps(waits=False)
+            fits = tile.elements <= ctas * warps * keeps
             idle = n * ctas < self.device.sms and tile.elements >= 2 * ctas * SHARED
             if fits and not (idle and ctas < 8):
                 if tile.elements < ctas * warps * 32 * tile.vec:
                     return f"a channel of {tile.elements:,} elements is too small to share"
                 return Plan("cluster", tile, n, n, 1, warps, KEPT_REGISTERS, ctas)
-        limit = 16 * MOST_WARPS * self.keeps(waits=False)
+        limit = 16 * MOST_WARPS * keeps
         return f"a channel takes {tile.elements:,} elements, the registers of 16 programs hold {limit:,}"
 
     def cooperative(self, forced: bool) -> Plan | str:
@@ -269,15 +277,15 @@ class _Call:
         more = self.tile.folded or self.itemsize == 8 or (self.tile.rows and self.ragged)
         return LOOPED_REGISTERS_MORE if more else LOOPED_REGISTERS
 
-    def keeps(self, waits: bool) -> int:
+    def keeps(self, waits: bool, cluster: bool = False) -> int:
         """Elements that a warp keeps."""
         most = KEEPS
         if self.ragged or (waits and self.tile.folded):
             most = KEEPS_MASKED
-        elif (
-            self.direction == "forward" and self.itemsize == 2 and self.tile.shape == "aligned" and not waits
-        ):
-            most = KEEPS_FORWARD_HALF_ALIGNED
+        elif self.direction == "forward" and self.itemsize == 2 and not waits:
+            few_edges = self.tile.edges and self.view.inner >= LARGE_MAP * self.tile.lead
+            if self.tile.shape == "aligned" or (cluster and few_edges):
+                most = KEEPS_FORWARD_HALF
         if self.itemsize == 8:
             most //= 4 if waits and self.direction == "backward" else 2
         return self.device.warp * most
@@ -300,9 +308,9 @@ class _Call:
         """Whether accesses are so narrow that each element, or two, has an address and a mask of its own."""
         return not self.tile.folded and self.tile.vec * self.itemsize < (16 if self.tile.rows else 8)
 
-    def kept(self, block: int) -> Tile:
+    def kept(self, block: int, row_bytes: int = SECTOR) -> Tile:
         """The tile of ``block`` rows or vectors, kept. Splits begin at multiples of 32 bytes."""
-        tile = self.wide_rows(32)
+        tile = self.wide_rows(row_bytes)
         segments = 0
         if tile.edges:  # of so many vectors, and of those that begin or end between them
             segments = power_of_two(min(self.view.outer, (block - 1) // vectors(self.view, tile) + 2))
