@@ -64,7 +64,7 @@ def forward_kernel(
     A program owns one split (axis 1) of a channel group, then of the next group: as many groups at a
     time as axis 0 has programs.
 
-    - KEEP (resident, cluster, cooperative): its split is one tile, loaded once and kept until stored.
+    - KEEP (resident, cluster, cooperative): its split is one tile, loaded once and kept until it is stored.
       Otherwise (blocked, two_launch) it walks through tiles, to read them again in reverse order, so
       that what was read last is found in L2.
     - SPLIT: the splits of a group hand in their moments; the last to arrive finalises and publishes
@@ -158,7 +158,7 @@ def forward_kernel(
                 mean = tl.load(saved + channel, mask=exists, other=0.0)
                 a = tl.load(published + channel, mask=exists, other=0.0)
                 b = tl.load(published + channels + channel, mask=exists, other=0.0)
-                if KEEP:
+                if KEEP:  # the tile is centred on the mean of its split
                     b += (centre - mean) * a
             mean, a, b = spread(mean, inner, T), spread(a, inner, T), spread(b, inner, T)
             if KEEP:
