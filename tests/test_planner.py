@@ -143,6 +143,8 @@ def test_rows_tiles_hold_whole_sectors() -> None:
         for how in plans("forward", View(512, channels, 1), itemsize, H100):
             few = how.strategy == "resident" and 2 * channels * itemsize // 32 <= H100.sms
             assert how.tile.width * itemsize == 16 if few else how.tile.width * itemsize >= 32
+    for rows, width in ((16, 8), (32, 4)):  # 16 halves would be less than 16 bytes for each of 32 threads
+        assert plan("forward", View(rows, 64, 1), 4, H100, "resident").tile.width == width
 
 
 @pytest.mark.parametrize(

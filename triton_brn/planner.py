@@ -193,9 +193,9 @@ class _Call:
         if tile.elements > limit:
             return f"a channel group takes {tile.elements:,} elements, a program's registers hold {limit:,}"
         n = groups(self.view, tile)
-        if 2 * n <= self.device.sms:
-            tile = self.kept(tile.block, HALF_SECTOR)
-            n = groups(self.view, tile)
+        half = self.kept(tile.block, HALF_SECTOR)
+        if 2 * n <= self.device.sms and half.elements >= self.device.warp * half.vec:
+            tile, n = half, groups(self.view, half)
         large = tile.elements > limit // 2  # alone on a multiprocessor
         few = n < self.device.sms and tile.elements > SHARED
         if not forced and (large or few) and self.device.clusters and isinstance(self.cluster(False), Plan):
