@@ -40,10 +40,11 @@ def centred_moments(t, inside, e, e_inside, count, inner, BOTH: tl.constexpr, T:
         e -= tl.where(e_inside, mean, 0.0)
         s += channel_sum(e, inner, T)
         m2 += channel_sum(e * e, inner, T)
-    # The corrected two-pass algorithm (Chan, Golub and LeVeque 1983): what is taken away is tiny, because
-    # rest is no more than what rounding left in mean.
+    # The corrected two-pass algorithm (Chan, Golub and LeVeque 1983). rest is what rounding left in mean, an
+    # ulp or a few: M2 loses digits only where the standard deviation is far below that.
     rest = s / count
-    return mean, rest, tl.maximum(m2 - s * rest, 0.0, propagate_nan=tl.PropagateNan.ALL), t, e
+    m2 -= rest * (s + (s - count * rest))
+    return mean, rest, tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL), t, e
 
 
 @triton.jit

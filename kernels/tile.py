@@ -27,7 +27,7 @@ import triton.language as tl
 def quotient(n, d):
     """n // d of numbers that are not negative: a GPU divides unsigned ones in fewer instructions."""
     UNSIGNED: tl.constexpr = tl.uint64 if n.dtype == tl.int64 else tl.uint32
-    return (n.to(UNSIGNED) // d).to(n.dtype)
+    return (n.to(UNSIGNED) // tl.cast(d, UNSIGNED)).to(n.dtype)
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def locate(start, stop, group, channels, inner, T: tl.constexpr):
         return i * row + column, inside
     else:
         per_segment = vectors(inner, T)
-        segment = quotient(i, per_segment.to(tl.uint32))
+        segment = quotient(i, per_segment)
         vector = i - segment * per_segment
         if T.window:
             base = (segment * channels + group) * inner

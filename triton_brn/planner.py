@@ -83,8 +83,9 @@ class Plan:
 
 #: Elements of x that a thread keeps without spilling. Compiled for sm_80 to sm_100 with 4 warps: forward, 64
 #: take 181 to 255 registers; backward, which keeps x and dy, 178 to 255. Half-precision maps, forward, fit
-#: 128 (236 to 255) if they are aligned or, in clusters, so large that their edges are few. Where each element
-#: has a mask of its own, and where folded rows wait, 64 spill. float64 takes two registers an element.
+#: 128 (236 to 255) with int32 offsets if they are aligned or, in clusters, of whole vectors and so large that
+#: their edges are few. Where each element has a mask of its own, and where folded rows wait, 64 spill.
+#: float64 takes two registers an element.
 KEEPS, KEEPS_FORWARD_HALF, KEEPS_MASKED = 64, 128, 32
 LARGE_MAP = 72  # sectors
 #: Elements a thread holds before a kept tile gets more warps: every warp reads its channels' numbers
@@ -284,10 +285,11 @@ class _Call:
             most = KEEPS_MASKED
         elif self.direction == "forward" and self.itemsize == 2 and not waits:
             few_edges = self.tile.edges and self.view.inner >= LARGE_MAP * self.tile.lead
-            if self.tile.shape == "aligned" or (cluster and few_edges):
+            window = cluster and few_edges and self.tile.vec == 8
+            if (self.tile.shape == "aligned" or window) and not self.kept(1).wide:
                 most = KEEPS_FORWARD_HALF
         if self.itemsize == 8:
-            most //= 4 if waits and self.direction == "backward" else 2
+            most //= 4 if waits else 2
         return self.device.warp * most
 
     def warps(self, tile: Tile, waits: bool) -> int:
