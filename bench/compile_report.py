@@ -56,6 +56,7 @@ VIEWS = (
     View(4, 32, 22_201),
     View(64, 32, 22_201),
     View(256, 64, 1225),
+    View(60, 33, 1225),
     View(8, 192, 289),
     View(512, 64, 169),
     View(300, 3, 15),  # too few channels to fold, too small for edges
