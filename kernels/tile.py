@@ -105,10 +105,9 @@ def locate(start, stop, group, channels, inner, T: tl.constexpr):
         vector = i - segment * per_segment
         if T.window:
             base = (segment * channels + group) * inner
-            first = first_sector(base, T) * T.lead + vector * T.vec
+            first = first_element(base, vector, T)
             if T.edges:
-                last = quotient(base + inner, T.lead) * T.lead
-                inside = (i < stop) & (first < last)
+                inside = (i < stop) & (first < own_end(base, inner, T))
             else:
                 inside = (i < stop) & (first + T.vec > base) & (first < base + inner)
             return first + lane, inside
@@ -136,6 +135,18 @@ def first_sector(base, T: tl.constexpr):
 
 
 @triton.jit
+def first_element(base, vector, T: tl.constexpr):
+    """The first element of a vector of the segment that begins at element ``base``, in a window."""
+    return first_sector(base, T) * T.lead + vector * T.vec
+
+
+@triton.jit
+def own_end(base, inner, T: tl.constexpr):
+    """The end of the sectors that are the segment's alone. Its right edge begins there."""
+    return quotient(base + inner, T.lead) * T.lead
+
+
+@triton.jit
 def edge_segments(begin, end, inner, T: tl.constexpr):
     """The segments [first, last) that may have edges among the vectors [begin, end)."""
     per_segment = vectors(inner, T)
@@ -155,7 +166,7 @@ def edges(first, begin, end, group, channels, inner, T: tl.constexpr):
     per_segment = vectors(inner, T)
     i = segment * per_segment + tl.where(left, 0, per_segment - 1)
     mine = (i >= begin) & (i < end)
-    start = tl.where(left, first_sector(base, T) - 1, (base + inner) // T.lead) * T.lead
+    start = tl.where(left, first_element(base, 0, T) - T.lead, own_end(base, inner, T))
     offsets = start + lane % T.lead
     vector = start + lane // T.vec % (T.lead // T.vec) * T.vec
     touched = mine & (vector + T.vec > base) & (vector < base + inner)
@@ -182,12 +193,12 @@ def counted(begin, end, group, channels, inner, T: tl.constexpr):
 def position(i, group, channels, inner, T: tl.constexpr):
     """How many elements of the channel come before vector ``i``, in a window."""
     per_segment = vectors(inner, T)
-    segment = i // per_segment
+    segment = quotient(i, per_segment)
     vector = i - segment * per_segment
     base = (segment * channels + group) * inner
-    first = (first_sector(base, T) * (T.lead // T.vec) + vector) * T.vec
+    first = first_element(base, vector, T)
     if T.edges:
-        first = tl.minimum(first, (base + inner) // T.lead * T.lead)
+        first = tl.minimum(first, own_end(base, inner, T))
     before = tl.minimum(tl.maximum(first - base, 0), inner)
     return segment * inner + tl.where(vector == 0, 0, before)
 
