@@ -127,7 +127,7 @@ def _whole(choice: Choice, call: _Call) -> Plan | None:
             return None
     if choice.warps > MOST_WARPS or not _fills(tile, choice.warps, call):
         return None
-    if tile.elements > programs * choice.warps * call.keeps(False, cluster):
+    if tile.elements > programs * choice.warps * call.keeps(waits=False, cluster=cluster):
         return None
     n = groups(call.view, tile)
     return Plan(choice.strategy, tile, n, n, 1, choice.warps, KEPT_REGISTERS, programs)

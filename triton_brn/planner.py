@@ -87,7 +87,9 @@ class Plan:
 #: their edges are few. Where each element has a mask of its own, and where folded rows wait, 64 spill.
 #: float64 takes two registers an element.
 KEEPS, KEEPS_FORWARD_HALF, KEEPS_MASKED = 64, 128, 32
-LARGE_MAP = 72  # sectors
+#: Sectors of such a map at least. With 128 elements a thread, maps of 39 (25x25 in bfloat16) spill; those of
+#: 68 (33x33) take 247 registers at most.
+LARGE_MAP = 72
 #: Elements a thread holds before a kept tile gets more warps: every warp reads its channels' numbers
 #: again, which costs 512x16 rows in bfloat16 13 % of traffic with 8 warps, 7 % with 4.
 PER_THREAD = 64
@@ -278,7 +280,7 @@ class _Call:
         more = self.tile.folded or self.itemsize == 8 or (self.tile.rows and self.ragged)
         return LOOPED_REGISTERS_MORE if more else LOOPED_REGISTERS
 
-    def keeps(self, waits: bool, cluster: bool = False) -> int:
+    def keeps(self, *, waits: bool, cluster: bool = False) -> int:
         """Elements that a warp keeps."""
         most = KEEPS
         if self.ragged or (waits and self.tile.folded):
@@ -286,7 +288,7 @@ class _Call:
         elif self.direction == "forward" and self.itemsize == 2 and not waits:
             few_edges = self.tile.edges and self.view.inner >= LARGE_MAP * self.tile.lead
             window = cluster and few_edges and self.tile.vec == 8
-            if (self.tile.shape == "aligned" or window) and not self.kept(1).wide:
+            if (self.tile.shape == "aligned" or window) and not self.wide(self.tile):
                 most = KEEPS_FORWARD_HALF
         if self.itemsize == 8:
             most //= 4 if waits else 2
@@ -294,7 +296,7 @@ class _Call:
 
     def warps(self, tile: Tile, waits: bool) -> int:
         """Warps of a kept tile."""
-        return self.warps_for(tile, min(PER_THREAD, self.keeps(waits) // self.device.warp))
+        return self.warps_for(tile, min(PER_THREAD, self.keeps(waits=waits) // self.device.warp))
 
     def warps_for(self, tile: Tile, per_thread: int) -> int:
         """Warps for a tile of which a thread has so many elements."""
@@ -334,10 +336,12 @@ class _Call:
         return self.tile._replace(width=width, channels=width)
 
     def finished(self, tile: Tile) -> Tile:
-        # A window gives a segment more vectors than it has. A tile may pass the end by less than 2**20.
-        reach = math.prod(self.view)
-        if not tile.rows:
-            reach = max(reach, (self.view.outer + tile.segments) * vectors(self.view, tile))
-        wide = reach >= 2**31 - 2**20
         piece = min(256, max(16, tile.elements // 16 // tile.channels))
-        return tile._replace(wide=wide, piece=piece)
+        return tile._replace(wide=self.wide(tile), piece=piece)
+
+    def wide(self, tile: Tile) -> bool:
+        """Whether 32 bits do not hold the offsets of a tile. It may pass the end by less than 2**20."""
+        reach = math.prod(self.view)
+        if not tile.rows:  # a window gives a segment more vectors than it has
+            reach = max(reach, (self.view.outer + tile.segments) * vectors(self.view, tile))
+        return reach >= 2**31 - 2**20
