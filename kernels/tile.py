@@ -166,7 +166,8 @@ def edges(first, begin, end, group, channels, inner, T: tl.constexpr):
     per_segment = vectors(inner, T)
     i = segment * per_segment + tl.where(left, 0, per_segment - 1)
     mine = (i >= begin) & (i < end)
-    start = tl.where(left, first_element(base, 0, T) - T.lead, own_end(base, inner, T))
+    # A product, so that Triton knows it for a multiple and loads whole vectors.
+    start = tl.where(left, first_sector(base, T) - 1, quotient(base + inner, T.lead)) * T.lead
     offsets = start + lane % T.lead
     vector = start + lane // T.vec % (T.lead // T.vec) * T.vec
     touched = mine & (vector + T.vec > base) & (vector < base + inner)
