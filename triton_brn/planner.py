@@ -112,6 +112,15 @@ SHARED, SHARED_BY_MANY, SHARED_ROWS = 8_192, 5_000, 5_400
 SECTOR, HALF_SECTOR = 32, 16
 #: Programs per multiprocessor that a launch aims at where none waits.
 PROGRAMS_PER_SM = 4
+#: A cluster's warps are spread over twice the programs, up to 8, if multiprocessors are so much busier then.
+EVENER = 1.1
+#: A cooperative plan takes a cluster's place if a multiprocessor has so much less work.
+FULLER = 0.7
+#: Splits of a channel for so many times as many, whose tiles then are full.
+MORE_SPLITS = 1.4
+#: Folded rows of a program at least, for each of their maps, where multiprocessors would not be idle: to
+#: spread the numbers of its channels over a row costs a program as much.
+ROWS_PER_MAP = 2
 #: Segments whose edges make a tile of a loop.
 EDGES = 16
 _forced: str | None = None
@@ -198,10 +207,13 @@ class _Call:
         n = groups(self.view, tile)
         half = self.kept(tile.block, HALF_SECTOR)
         if 2 * n <= self.device.sms and half.elements >= self.device.warp * half.vec:
+            slow = self.quick_dram and half != tile and tile.elements > SHARED
+            if not forced and slow and self.has("cooperative"):
+                return "cooperative programs fill as many multiprocessors, and read no sector twice"
             tile, n = half, groups(self.view, half)
         large = tile.elements > limit // 2  # alone on a multiprocessor
         few = n < self.device.sms and tile.elements > SHARED
-        if not forced and (large or few) and self.device.clusters and isinstance(self.cluster(False), Plan):
+        if not forced and (large or few) and self.has("cluster"):
             return "a cluster's programs share multiprocessors, and fill more of them"
         warps = min(MOST_WARPS, self.warps(tile, waits=False))
         return Plan("resident", tile, n, n, 1, warps, KEPT_REGISTERS)
@@ -218,7 +230,12 @@ class _Call:
             if fits and not (idle and ctas < 8):
                 if tile.elements < ctas * warps * 32 * tile.vec:
                     return f"a channel of {tile.elements:,} elements is too small to share"
-                return Plan("cluster", tile, n, n, 1, warps, KEPT_REGISTERS, ctas)
+                if ctas < 8 and self.balance(2 * n * ctas) > EVENER * self.balance(n * ctas):
+                    ctas, warps = 2 * ctas, warps // 2
+                plan = Plan("cluster", tile, n, n, 1, warps, KEPT_REGISTERS, ctas)
+                if not forced and self.emptier(plan):
+                    return "cooperative programs run at the same time, and hold fewer empty places"
+                return plan
         limit = 16 * MOST_WARPS * keeps
         return f"a channel takes {tile.elements:,} elements, the registers of 16 programs hold {limit:,}"
 
@@ -244,6 +261,9 @@ class _Call:
         work = {(g, s): -(n // -g) * -(self.total // -s) * -(g * s // -sms) for g, s in ways}
         near = [way for way in ways if work[way] <= 1.1 * min(work.values())]
         slots, splits = max(near, key=lambda way: (way[0] * way[1], -work[way]))
+        if self.quick_dram and self.tile.shape == "rows":  # a full tile of half the size, not one half empty
+            more = -(self.total // -(power_of_two(-(self.total // -splits)) // 2))
+            splits = more if splits < more <= min(MORE_SPLITS * splits, at_once // slots) else splits
         tile = self.kept(min(block, power_of_two(-(self.total // -splits))))
         warps = min(WARPS, self.warps(tile, waits=True))
         return Plan("cooperative", tile, n, slots, splits, warps, KEPT_REGISTERS)
@@ -270,6 +290,8 @@ class _Call:
         tile = self.looped(128)
         n = groups(self.view, tile)
         splits = min(max(1, -(-PROGRAMS_PER_SM * self.device.sms // n)), 65_535)
+        if tile.folded:
+            splits = min(splits, max(1, self.total // (ROWS_PER_MAP * tile.channels), self.device.sms // n))
         splits = whole_splits(self.total, splits, tile.block)
         warps = self.warps_for(tile, self.per_thread())
         return Plan("two_launch", tile, n, n, splits, warps, self.looped_registers)
@@ -279,6 +301,39 @@ class _Call:
         """Registers of a thread that loops."""
         more = self.tile.folded or self.itemsize == 8 or (self.tile.rows and self.ragged)
         return LOOPED_REGISTERS_MORE if more else LOOPED_REGISTERS
+
+    def emptier(self, cluster: Plan) -> bool:
+        """Whether a cluster's tiles hold so much less of a channel than they could that cooperative ones are
+        better: where instructions take longer than DRAM, and clusters wait for others to end. At each turn of
+        a cooperative grid its programs meet."""
+        at_once = self.device.co_resident(cluster.num_warps, cluster.registers)
+        if self.direction != "forward" or not self.quick_dram:
+            return False
+        if cluster.groups * cluster.num_ctas <= at_once:
+            return False
+        other = self.cooperative(False)
+        if not isinstance(other, Plan) or other.groups > 2 * other.slots:
+            return False
+        return self.work(other) < FULLER * self.work(cluster)
+
+    def has(self, strategy: str) -> bool:
+        """Whether the planner may take this strategy."""
+        return not lacks(strategy, self.device) and isinstance(getattr(self, strategy)(False), Plan)
+
+    @property
+    def quick_dram(self) -> bool:
+        """Whether DRAM (8 TB/s at compute capability 10.0) takes less time than instructions, and L2."""
+        return self.device.capability >= 100
+
+    def work(self, plan: Plan) -> int:
+        """Elements that a multiprocessor holds in all turns of a kept plan, whether they exist or not."""
+        programs = plan.slots * plan.splits * plan.num_ctas
+        each = plan.tile.elements // plan.num_ctas
+        return -(plan.groups // -plan.slots) * -(programs // -self.device.sms) * each
+
+    def balance(self, programs: int) -> float:
+        """What part of its time a multiprocessor is busy, if all programs take the same time."""
+        return programs / (-(programs // -self.device.sms) * self.device.sms)
 
     def keeps(self, *, waits: bool, cluster: bool = False) -> int:
         """Elements that a warp keeps."""
