@@ -62,6 +62,11 @@ def _table_name(kind: str, index: int) -> str:
     return name or device_at(index).name
 
 
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: it owns what is made meanwhile, and holds what is launched."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def current_stream(index: int) -> int:
     """The handle of the device's current stream."""
     return triton.runtime.driver.active.get_current_stream(index)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import planner
-from .devices import INTERPRETED, current_stream, device_of
+from .devices import INTERPRETED, capturing, current_stream, device_of
 from .kernels.backward import backward_kernel
 from .kernels.forward import forward_kernel
 from .kernels.inference import inference_kernel
@@ -73,6 +73,10 @@ def backward(dy, x, weight, saved, training, needs, call=None):  # type: ignore[
         if not call.launch(backward_kernel, arguments, flags, (x, dy, dx, weight, saved, *grads)):
             return backward(dy, x, weight, saved, training, needs, call)
     return x.new_empty(0) if dx is None else dx, *(like.new_empty(0) if g is None else g for g in grads)
+
+
+class DoesNotFit(ValueError):
+    """The plan that was asked for has more programs that wait than run at the same time."""
 
 
 #: Numbers per channel that a split hands in, and that are published, see the kernels.
@@ -148,7 +152,7 @@ class Call:
         message = f"strategy: {self.plan.strategy!r} cannot run {self.direction} on {self.view} here: its "
         message += f"{self.plan.slots * self.plan.splits} programs would not run at the same time"
         if planner.forced() or self.given:
-            raise ValueError(message)
+            raise DoesNotFit(message)
         _log.debug(message)
         self.plan = planner.plan(self.direction, self.view, x.element_size(), self.device, "two_launch")
         self.allocate(x, statistics)
@@ -163,10 +167,10 @@ def prepared(
     """x, or a dense copy of it, and its call, unless that is given."""
     if call is not None:
         return x, call
-    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    captured = capturing(x)
     stream = 0 if INTERPRETED else current_stream(x.device.index or 0)
     key = (direction, x.shape, x.stride(), x.dtype, x.device, stream, planner.forced())
-    call = None if capturing else _calls.get(key)
+    call = None if captured else _calls.get(key)
     if call is None:
         view = view_of(x.shape, x.stride())
         if view is None:
@@ -174,7 +178,7 @@ def prepared(
             return prepared(direction, x.clone(memory_format=torch.preserve_format), statistics)
         with on_device(x):
             call = Call(direction, view, x, statistics)
-        if not capturing:  # a graph owns what it was captured with
+        if not captured:  # a graph owns what it was captured with
             if len(_calls) >= 4096:
                 _calls.clear()
             _calls[key] = call
@@ -192,7 +196,7 @@ _buffers: dict[Any, Tensor] = {}
 def buffer(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """At least ``size`` zeros, which the kernels leave so where they need them so; one buffer per device,
     stream and dtype."""
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(x):
         # Zeroed by the graph's replay, not now: not for others. Only the words need it.
         make = torch.zeros if dtype == torch.int32 else torch.empty
         return make(size, dtype=dtype, device=x.device)
