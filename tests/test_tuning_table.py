@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -20,8 +22,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 NAME = "NVIDIA Something 80GB"
 CHOICE = Choice("cluster", 4096, 8, 4, 2, 512, 1, 1)
-ENTRY = Entry(CHOICE, 9.5, 10.0, True)
-DEFAULT = Entry(None, 10.0, 10.0, False)
+VIEW = View(32, 64, 3136)
+ENTRY = Entry(CHOICE, 9.5, 10.0, True, VIEW)
+DEFAULT = Entry(None, 10.0, 10.0, True, VIEW)
+BEGUN = Entry(None, 10.0, 10.0, False, VIEW, ((CHOICE, 9.9), (dataclasses.replace(CHOICE, warps=8), None)))
 
 
 @pytest.fixture(autouse=True)
@@ -44,11 +48,12 @@ def assert_silent(key: str, entry: Entry | None, what: str) -> None:
 
 
 def test_what_was_saved_is_found() -> None:
-    path = tuning_table.save(NAME, {"a": ENTRY, "b": DEFAULT})
+    path = tuning_table.save(NAME, {"a": ENTRY, "b": DEFAULT, "c": BEGUN})
     forget()
     assert tuning_table.look_up(NAME, "a") == ENTRY
     assert tuning_table.look_up(NAME, "b") == DEFAULT
-    assert tuning_table.look_up(NAME, "c") is None
+    assert tuning_table.look_up(NAME, "c") == BEGUN
+    assert tuning_table.look_up(NAME, "d") is None
     assert tuning_table.look_up("another device", "a") is None
     assert path.name == "NVIDIA_Something_80GB.json"
     assert [p.suffix for p in sorted(path.parent.iterdir())] == [".json", ".lock"], "nothing is left behind"
@@ -60,6 +65,61 @@ def test_another_process_finds_it_and_adds_to_it() -> None:
     tuning_table.save(NAME, {"b": DEFAULT, "a": DEFAULT})
     forget()
     assert tuning_table.look_up(NAME, "a") == tuning_table.look_up(NAME, "b") == DEFAULT
+
+
+def test_what_is_finished_stays_so() -> None:
+    """Another process may have finished what this one has only begun."""
+    tuning_table.save(NAME, {"a": BEGUN, "b": ENTRY})
+    tuning_table.save(NAME, {"a": dataclasses.replace(BEGUN, us=9.0), "b": BEGUN})
+    forget()
+    assert tuning_table.look_up(NAME, "a") == dataclasses.replace(BEGUN, us=9.0)
+    assert tuning_table.look_up(NAME, "b") == ENTRY
+
+
+def test_a_table_that_cannot_be_read_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tuning_table.save(NAME, {"a": ENTRY})
+    before = path.read_bytes()
+
+    def fails(path: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(tuning_table, "contents", fails)
+        with pytest.raises(OSError, match="Input/output"):
+            tuning_table.save(NAME, {"b": ENTRY})
+    assert path.read_bytes() == before
+
+
+def test_a_write_that_fails_leaves_the_old_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tuning_table.save(NAME, {"a": ENTRY})
+    before = path.read_bytes()
+
+    def fails(source: Path, target: Path) -> None:
+        assert path.read_bytes() == before, "the new table is written elsewhere"
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "replace", fails)
+        with pytest.raises(OSError, match="No space"):
+            tuning_table.save(NAME, {"b": ENTRY})
+    assert path.read_bytes() == before
+    assert [p.suffix for p in sorted(path.parent.iterdir())] == [".json", ".lock"], "nothing is left behind"
+
+
+def test_the_folder_is_the_platforms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    platformdirs = pytest.importorskip("platformdirs")
+    monkeypatch.delenv("TRITON_BRN_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert tuning_table.directory() == Path(platformdirs.user_cache_dir("triton_brn", appauthor=False))
+    assert tuning_table.directory().name == "triton_brn"
+
+
+def test_a_shipped_table_of_other_versions_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    tuning_table.SHIPPED.mkdir()
+    tuning_table.path_of(NAME, tuning_table.SHIPPED).write_text("[]")
+    with caplog.at_level(logging.DEBUG, logger="triton_brn"):
+        assert_silent("a", None, "its user can do nothing")
+    assert "is ignored: it is no tuning table" in caplog.text
 
 
 def test_the_users_table_comes_before_the_shipped_one(folder: Path) -> None:
@@ -101,8 +161,19 @@ FAULTS = {
     "us": float("nan"),
     "default_us": "fast",
     "finished": 1,
+    "view": [32, 64],
+    "tried": [["cluster", 1, 2]],
     "more": 1,
 }
+FAULTS_OF_TIMES = (0.0, -1.0, float("inf"), 10**400, True)
+FAULTS_OF_VIEWS = ([32, 64, 0], [32, 64, 1.0], "abc", 3, None)
+FAULTS_OF_TRIALS = (
+    1,
+    [1],
+    [[*dataclasses.astuple(CHOICE), 0.0]],
+    [[*dataclasses.astuple(CHOICE), "1"]],
+    [[]],
+)
 
 
 def damaged() -> dict[str, bytes]:
@@ -125,9 +196,14 @@ def damaged() -> dict[str, bytes]:
     }
     for name in ("device", "triton_brn", "triton"):
         contents[f"other {name}"] = json.dumps({**table, name: "0.0.1"}).encode()
-    for field, value in FAULTS.items():
+    faults = [*FAULTS.items()]
+    faults += [(name, time) for name in ("us", "default_us") for time in FAULTS_OF_TIMES]
+    faults += [("view", view) for view in FAULTS_OF_VIEWS] + [("tried", them) for them in FAULTS_OF_TRIALS]
+    for field, value in faults:
         entries = {"a": {**table["entries"]["a"], field: value}}
-        contents[f"{field} of an entry"] = json.dumps({**table, "entries": entries}).encode()
+        contents[f"{field} {str(value)[:40]} of an entry"] = json.dumps(
+            {**table, "entries": entries}
+        ).encode()
     return contents
 
 
@@ -165,8 +241,9 @@ WRITER = """
 import sys
 from triton_brn import tuning_table
 from triton_brn.tuning_table import Entry
+from triton_brn.views import View
 for i in range(20):
-    tuning_table.save("device", {f"{sys.argv[1]}/{i}": Entry(None, 1.0, 1.0, True)})
+    tuning_table.save("device", {f"{sys.argv[1]}/{i}": Entry(None, 1.0, 1.0, True, View(1, 1, 1))})
 """
 
 

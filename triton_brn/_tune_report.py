@@ -6,24 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from ._bench_cases import RESNET50
 from .tuning import Tuned, served_device, tune
 from .validate import NAMED_DTYPES
 
 #: What is tuned unless shapes are given: the layers of ResNet-50 at batch 32.
-SHAPES = (
-    (32, 64, 112, 112),
-    (32, 64, 56, 56),
-    (32, 256, 56, 56),
-    (32, 128, 56, 56),
-    (32, 128, 28, 28),
-    (32, 512, 28, 28),
-    (32, 256, 28, 28),
-    (32, 256, 14, 14),
-    (32, 1024, 14, 14),
-    (32, 512, 14, 14),
-    (32, 512, 7, 7),
-    (32, 2048, 7, 7),
-)
+SHAPES = tuple((32, channels, size, size) for channels, size in RESNET50)
 
 
 def run_tune(
@@ -48,10 +36,11 @@ def run_tune(
             budget=budget,
             progress=True,
         )
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+        # An assertion is what torch says of a device that it was not built for.
         raise SystemExit(f"tune: {error}") from error
     except KeyboardInterrupt:
-        raise SystemExit("tune: interrupted; what was found is stored, and the next run goes on") from None
+        raise SystemExit("tune: interrupted; what was finished is stored, and the next run goes on") from None
     print(report(results))
     left = len(dict.fromkeys(shapes)) * 3 - len(results)
     if left:
@@ -64,7 +53,7 @@ def report(results: Sequence[Tuned]) -> str:
     row = "{:11}{:>20}  {:10}{:14}{:>12}{:>12}{:>8}  {:12}{}".format
     lines = [row("direction", "shape", "dtype", "layout", "default us", "tuned us", "gain", "strategy", "")]
     for result in results:
-        gain = f"{result.default_us / result.us - 1:+.1%}" if result.us else ""
+        gain = f"{result.default_us / result.us - 1:+.1%}"
         note = "" if result.news else "in the table already"
         note = note if result.finished else "not finished"
         shape = "x".join(map(str, result.shape))

@@ -94,7 +94,7 @@ def planned(choice: Choice, direction: str, view: View, itemsize: int, device: D
     """The plan that ``choice`` makes for these sizes; None where it cannot serve them.
 
     The numbers may come from a file: whatever they are, the plan keeps the planner's limits, by which
-    no kernel spills and programs that wait all run at the same time.
+    programs that wait all run at the same time, and kernels do not spill but for a few registers.
     """
     if direction == "inference" and choice.strategy != "two_launch":
         return None

@@ -26,20 +26,20 @@ def info(shape: tuple[int, ...] | None = None, dtype: str = "fp32", channels_las
         f"triton     {_triton_version()}",
         f"TRITON_BRN_BACKEND  {os.environ.get('TRITON_BRN_BACKEND', 'auto (not set)')}",
     ]
-    gpus = []
+    gpus: list[tuple[Device, torch.device | None]] = []
     for name, device in _devices():
         lines.append(f"{name:20}{_served_by(device)}")
         if lines[-1].endswith("Triton kernels"):
             from .devices import device_at
 
-            gpus.append(device_at(device.index or 0))
-            lines += [f"{'':20}{line}" for line in _properties(gpus[-1])]
+            gpus.append((device_at(device.index or 0), device))
+            lines += [f"{'':20}{line}" for line in _properties(gpus[-1][0])]
     if shape is not None:
         view = view_of_shape(shape, channels_last)
         layout = "channels_last" if channels_last else "contiguous"
-        for gpu in gpus or [EXAMPLE]:
+        for gpu, where in gpus or [(EXAMPLE, None)]:
             lines += ["", f"{shape}, {dtype}, {layout} on {gpu.name}:"]
-            lines += _plans(view, NAMED_DTYPES[dtype].itemsize, gpu)
+            lines += _plans(view, NAMED_DTYPES[dtype], gpu, where)
     return "\n".join(lines)
 
 
@@ -58,17 +58,28 @@ def _properties(gpu: Device) -> Iterator[str]:
         yield f"{strategy:14}{planner.lacks(strategy, gpu) or 'yes'}"
 
 
-def _plans(view: View, itemsize: int, gpu: Device) -> Iterator[str]:
+def _plans(view: View, dtype: torch.dtype, gpu: Device, where: torch.device | None) -> Iterator[str]:
+    itemsize = dtype.itemsize
     for direction in ("forward", "backward", "inference"):
         plan = planner.plan(direction, view, itemsize, gpu)
-        yield f"  {direction:11}{_described(plan, direction)}"
+        tuned = None if where is None else _tuned(direction, view, dtype, gpu, where)
+        yield f"  {direction:11}{'tuned, ' if tuned else ''}{_described(tuned or plan, direction)}"
         for strategy in planner.STRATEGIES if direction != "inference" else ():
-            if strategy != plan.strategy:
+            if tuned or strategy != plan.strategy:
                 try:
                     other = _described(planner.plan(direction, view, itemsize, gpu, strategy), direction)
                 except ValueError as error:
                     other = f"{strategy}: no, {str(error).split(': ')[-1]}"
                 yield f"    or       {other}"
+
+
+def _tuned(direction: str, view: View, dtype: torch.dtype, gpu: Device, where: torch.device) -> Plan | None:
+    """The plan that the device's table has."""
+    from . import tuned, tuning_table
+
+    x = torch.empty(0, dtype=dtype, device=where)
+    entry = tuning_table.look_up(*tuned.place(direction, view, x))
+    return tuned.chosen(entry, direction, view, x, gpu)
 
 
 def _described(plan: Plan, direction: str) -> str:

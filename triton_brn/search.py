@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ import triton
 from torch import Tensor
 
 from . import candidates, launch, planner
+from .candidates import Choice
 from .devices import INTERPRETED, device_of
 from .planner import Plan
 from .tuning_table import Entry
@@ -25,8 +27,9 @@ _log = logging.getLogger(__name__)
 MARGIN = 0.02
 #: Walks from the fastest plan so far to its neighbours, at most.
 ROUNDS = 4
-#: Copies of x and dy at most. They take turns, so that none is found in L2.
-MOST_COPIES = 32
+#: Copies of x and dy at most. They take turns, so that none is found in L2. Triton's benchmarkers for GPUs
+#: clear L2 besides; of inputs of a few KiB, so many copies would not.
+MOST_COPIES = 256
 
 Benchmark = Callable[[Callable[[], object]], float]
 
@@ -47,6 +50,7 @@ def searched(
     dtype: torch.dtype,
     device: torch.device,
     deadline: float = math.inf,
+    before: Entry | None = None,
 ) -> Entry:
     """The fastest way to run ``direction`` on such a tensor.
 
@@ -54,34 +58,76 @@ def searched(
         direction: "forward", "backward" or "inference".
         shape, stride, dtype, device: of x, dense.
         deadline: of ``time.monotonic()``. Once it is past, no more is tried than the planner's own plan.
+        before: what a search that was not finished has found; what it tried is not tried again.
 
     Raises:
         RuntimeError: not even the planner's own plan can be timed, for want of memory as a rule.
     """
-    # A caller's inference mode would make scratch tensors that no kernel may be told to update.
-    with torch.inference_mode(False), torch.no_grad(), launch.on_device(torch.empty(0, device=device)):
-        scratch = Scratch(direction, shape, stride, dtype, device)
-        default = planner.plan(direction, scratch.view, scratch.x.element_size(), scratch.device)
-        times = {default: scratch.time(default)}
+    with scratch_for(direction, shape, stride, dtype, device) as scratch:
+        default, default_us = timed_default(scratch)
+        times = {default: default_us}
+        for other, us in before.tried if before is not None and before.view == scratch.view else ():
+            if plan := candidates.planned(other, *scratch.call):
+                times.setdefault(plan, math.inf if us is None else us)
         finished = all(try_until(deadline, scratch, times, plans) for plans in rounds(scratch, times))
     best = min(times, key=lambda plan: times[plan])  # of equals, the first
-    keep = times[best] > times[default] * (1 - MARGIN)
+    keep = times[best] > default_us * (1 - MARGIN)
     best = default if keep else best
     _log.debug("%s %s %s: %d plans, best %s", direction, tuple(shape), dtype, len(times), best)
     choice = None if keep else candidates.choice_of(best)
-    return Entry(choice, round(times[best], 3), round(times[default], 3), finished)
+    tried = [] if finished else [(candidates.choice_of(plan), us) for plan, us in times.items()][1:]
+    kept = tuple((other, round(us, 3) if math.isfinite(us) else None) for other, us in tried)
+    return Entry(choice, round(times[best], 3), round(default_us, 3), finished, scratch.view, kept)
+
+
+def timed(
+    direction: str,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    choice: Choice | None,
+) -> tuple[float, float]:
+    """Microseconds of a call as chosen, and of one by the planner's own plan."""
+    with scratch_for(direction, shape, stride, dtype, device) as scratch:
+        default, default_us = timed_default(scratch)
+        plan = default if choice is None else candidates.planned(choice, *scratch.call) or default
+        return default_us if plan == default else scratch.time(plan), default_us
+
+
+@contextmanager
+def scratch_for(
+    direction: str,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[Scratch]:
+    """Scratch tensors, with their device the current one."""
+    # A caller's inference mode would make tensors that no kernel may be told to update.
+    with torch.inference_mode(False), torch.no_grad(), launch.on_device(torch.empty(0, device=device)):
+        yield Scratch(direction, shape, stride, dtype, device)
+
+
+def timed_default(scratch: Scratch) -> tuple[Plan, float]:
+    """What a call runs by that nothing was tuned for, and its microseconds."""
+    plan = planner.plan(*scratch.call)
+    try:
+        return plan, scratch.time(plan)
+    except launch.DoesNotFit:
+        plan = planner.plan(*scratch.call, "two_launch")
+        return plan, scratch.time(plan)
 
 
 def rounds(scratch: Scratch, times: dict[Plan, float]) -> Iterator[list[Plan]]:
     """What to try next: every strategy, then the neighbours of the fastest, as long as one is faster."""
-    call = (scratch.direction, scratch.view, scratch.x.element_size(), scratch.device)
-    yield candidates.strategies(*call)
+    yield candidates.strategies(*scratch.call)
     best = None
     for _ in range(ROUNDS):
         before, best = best, min(times, key=lambda plan: times[plan])
         if best == before:
             return
-        yield candidates.neighbours(best, *call)
+        yield candidates.neighbours(best, *scratch.call)
 
 
 def try_until(deadline: float, scratch: Scratch, times: dict[Plan, float], plans: list[Plan]) -> bool:
@@ -99,10 +145,12 @@ def try_until(deadline: float, scratch: Scratch, times: dict[Plan, float], plans
     return True
 
 
-def close(a: Tensor, b: Tensor) -> bool:
-    """Whether two results are the same but for rounding. They are of the size of 1."""
+def close(a: Tensor, b: Tensor, size: float = 1.0) -> bool:
+    """Whether two results, of this size, are the same but for rounding."""
+    if not a.is_floating_point():
+        return torch.equal(a, b)
     tolerance = 8 * torch.finfo(a.dtype).eps
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * size)
 
 
 @dataclass(frozen=True)
@@ -114,9 +162,14 @@ class Copy:
 
 
 class Scratch:
-    """Tensors to run a direction on, which nobody else has."""
+    """Tensors to run a direction on, which nobody else has.
 
-    expected: Tensor | None  # result, of the planner's own plan
+    Attributes:
+        call: what a plan is made for.
+        x: one of the inputs.
+        device: where they are.
+        expected: the results of the first plan that was timed.
+    """
 
     def __init__(
         self,
@@ -132,55 +185,78 @@ class Scratch:
         def filled() -> Tensor:
             return torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_(generator=random)
 
-        self.direction = direction
-        self.expected = None
-        self.x, backward = filled(), direction == "backward"
-        self.device = device_of(self.x)
+        def line(first: float, last: float) -> Tensor:
+            return torch.linspace(first, last, shape[1], dtype=statistics, device=device)
+
         view = view_of(tuple(shape), tuple(stride))
         if view is None:
             raise ValueError(f"stride: {tuple(stride)} of shape {tuple(shape)} is not dense")
-        self.view = view
-        ones, zeros = (torch.full((shape[1],), n, dtype=statistics, device=device) for n in (1.0, 0.0))
-        self.weight, self.bias = ones, zeros
-        self.running = (zeros.clone(), ones.clone(), torch.zeros((), dtype=torch.long, device=device))
+        self.x, self.view, backward = filled(), view, direction == "backward"
+        self.direction, self.device = direction, device_of(self.x)
+        self.call = (direction, view, self.x.element_size(), self.device)
+        self.expected: list[Tensor] = []
+        self.weight, self.bias = line(0.5, 1.5), line(-1.0, 1.0)
+        # With the limits below, some channels' r and d are clipped and some are not.
+        step = torch.zeros((), dtype=torch.long, device=device)
+        self.start = (line(-1.0, 1.0), line(0.5, 2.0), step)
+        self.running = self.started()
         turn = self.x.numel() * self.x.element_size() * (3 if backward else 2)
         copies = 1 if INTERPRETED else min(MOST_COPIES, 1 + 2 * self.device.l2 // turn)
         dys = [filled() if backward else self.x for _ in range(copies)]
         self.copies = [Copy(self.x if i == 0 else self.x.clone(), dy) for i, dy in enumerate(dys)]
-        self.saved = self.forward(self.copies[0], self.call("forward"))[1] if backward else self.x
+        if backward:
+            plan = planner.plan("forward", *self.call[1:], "two_launch")
+            self.saved = self.forward(self.copies[0], self.given(plan, "forward"))[1]
 
-    def call(self, direction: str, plan: Plan | None = None) -> launch.Call:
+    def started(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Running statistics and number of steps, as every plan begins with them."""
+        mean, var, step = self.start
+        return mean.clone(), var.clone(), step.clone()
+
+    def given(self, plan: Plan, direction: str) -> launch.Call:
         """A call by this plan, which the launch room does not remember."""
-        plan = plan or planner.plan(direction, self.view, self.x.element_size(), self.device)
         return launch.Call(direction, self.view, self.x, self.weight.dtype, plan)
 
     def time(self, plan: Plan) -> float:
         """Microseconds of a run by this plan. The first one timed is what the others are held against.
 
         Raises:
-            ValueError: it spills registers, its programs would wait for ever, or its result differs.
+            ValueError: it spills registers, its programs would wait for ever, or its results differ.
         """
-        call = self.call(self.direction, plan)
-        run, turn = getattr(self, self.direction), 0
-
-        def next_copy() -> Tensor:
-            nonlocal turn
-            turn += 1
-            return run(self.copies[turn % len(self.copies)], call)[0]
-
-        result = next_copy()  # compiles
-        if self.expected is None:
-            self.expected = result
+        call = self.given(plan, self.direction)
+        results = self.results(call)  # compiles
+        self.running = self.started()
+        if not self.expected:
+            self.expected = results
         elif call.spills:
             raise ValueError(f"it spills {call.spills} registers")
-        elif not close(result, self.expected):
-            raise ValueError("its result differs")
+        elif not all(map(close, results, self.expected, self.sizes)):
+            raise ValueError("its results differ")
+        run, turn = getattr(self, self.direction), 0
+
+        def next_copy() -> None:
+            nonlocal turn
+            turn += 1
+            run(self.copies[turn % len(self.copies)], call)
+
         return benchmark(next_copy)
+
+    def results(self, call: launch.Call) -> list[Tensor]:
+        """All that a first run leaves, statistics too."""
+        self.running = self.started()
+        results = [*getattr(self, self.direction)(self.copies[0], call)]
+        return results + [*self.running] if self.direction == "forward" else results
+
+    @property
+    def sizes(self) -> list[float]:
+        """Of the results: gradients of weight and bias are sums over a channel."""
+        if self.direction == "backward":
+            return [1.0, *[math.sqrt(self.view.outer * self.view.inner)] * 2]
+        return [1.0] * len(self.expected)
 
     def forward(self, copy: Copy, call: launch.Call) -> tuple[Tensor, Tensor]:
         """A training step's forward."""
-        # Limits that take r and d away: the result does not depend on how often the statistics were updated.
-        settings = (0.01, 1e-5, [1.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0], True)
+        settings = (0.01, 1e-5, [1.25, 1.25, 0.0, 1.0], [0.5, 0.5, 0.0, 1.0], True)
         return launch.forward(copy.x, self.weight, self.bias, *self.running, *settings, call)
 
     def backward(self, copy: Copy, call: launch.Call) -> tuple[Tensor, ...]:

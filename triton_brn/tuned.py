@@ -7,11 +7,10 @@ import os
 import threading
 import warnings
 
-import torch
 from torch import Tensor
 
 from . import candidates, planner, tuning_table
-from .devices import table_name
+from .devices import capturing, table_name
 from .planner import Device, Plan
 from .tuning_table import Entry
 from .views import View
@@ -24,22 +23,28 @@ def tuned_plan(direction: str, view: View, x: Tensor, device: Device) -> Plan:
     analytic = planner.plan(direction, view, x.element_size(), device)
     if planner.forced():
         return analytic
-    name = table_name(x)
-    key = tuning_table.key(direction, str(x.dtype).removeprefix("torch."), view, x.element_size())
+    name, key = place(direction, view, x)
     entry = tuning_table.look_up(name, key)
     if entry is None and os.environ.get("TRITON_BRN_AUTOTUNE") == "1" and not capturing(x):
         entry = autotuned(direction, view, x, name, key)
+    return chosen(entry, direction, view, x, device) or analytic
+
+
+def place(direction: str, view: View, x: Tensor) -> tuple[str, str]:
+    """Where tables have a call: device and key."""
+    return table_name(x), tuning_table.key(
+        direction, str(x.dtype).removeprefix("torch."), view, x.element_size()
+    )
+
+
+def chosen(entry: Entry | None, direction: str, view: View, x: Tensor, device: Device) -> Plan | None:
+    """The plan that an entry makes of a call; None for the planner's own."""
     if entry is None or entry.choice is None:
-        return analytic
+        return None
     plan = candidates.planned(entry.choice, direction, view, x.element_size(), device)
     if plan is None:
-        _log.debug("%s: the tuned %s does not serve %s", key, entry.choice, view)
-    return plan or analytic
-
-
-def capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured: trials would become a part of it."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+        _log.debug("%s: the tuned %s does not serve %s", direction, entry.choice, view)
+    return plan
 
 
 _tuning = threading.RLock()  # autograd runs the backward in a thread of its own
@@ -57,7 +62,7 @@ def autotuned(direction: str, view: View, x: Tensor, name: str, key: str) -> Ent
         try:
             entry = _tried[name, key] = searched(direction, x.shape, x.stride(), x.dtype, x.device)
             tuning_table.save(name, {key: entry})
-        except (RuntimeError, OSError) as error:  # out of memory, no such folder, ...
+        except Exception as error:  # out of memory, no such folder, ...: the planner's plan serves
             what = "not stored" if entry else "not tuned"
             warnings.warn(f"TRITON_BRN_AUTOTUNE: {key} was {what}: {error}", stacklevel=2)
         return entry

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
+from . import planner
 from .backend import obstacle, uses_triton
 from .modules import _BatchRenorm
 from .validate import DTYPES
@@ -68,14 +70,14 @@ def tune(
 ) -> list[Tuned]:
     """Find the fastest launch plans and store them in this device's tuning table.
 
-    Everything runs on scratch tensors: parameters, running statistics and random numbers stay as they
-    are. What the table has already is not tuned again. The plans serve all later calls of similar size,
-    in this process and in others.
+    Everything runs on scratch tensors: parameters, running statistics and torch's random numbers stay as
+    they are. What the table has already is not tuned again. The plans serve all later calls of similar
+    size, in this process and in others; they add in another order, so results change by their rounding.
 
     Args:
         model_or_shapes: a model, of whose BatchRenorm layers the inputs' shapes, dtypes and layouts are
             recorded during one forward of a copy; or input shapes, (N, C) or (N, C, ...).
-        inputs: the model's.
+        inputs: the model's. They are cloned.
         dtype, channels_last, device: of the shapes' tensors; the device is by default the one that
             Triton serves. Layouts other than 4-D and 5-D know no channels_last.
         directions: which of "forward", "backward" and "inference" to tune.
@@ -87,7 +89,8 @@ def tune(
 
     Raises:
         TypeError, ValueError: an argument that cannot be served, by name.
-        RuntimeError: Triton does not serve the device, or has no memory for a shape.
+        RuntimeError: Triton does not serve the device, or has no memory for a shape, or a
+            ``forced_strategy`` block is open.
         OSError: the table cannot be written.
         ImportError: ``progress`` without tqdm.
     """
@@ -95,6 +98,8 @@ def tune(
     for direction in directions:
         if direction not in DIRECTIONS:
             raise ValueError(f"directions: expected any of {', '.join(DIRECTIONS)}, got {direction!r}")
+    if strategy := planner.forced():
+        raise RuntimeError(f"tune: forced_strategy({strategy!r}) leaves nothing to choose")
     if isinstance(model_or_shapes, nn.Module):
         sizes = recorded(model_or_shapes, inputs)
     elif inputs:
@@ -118,30 +123,30 @@ def tune(
 def tuned(direction: str, size: Size, deadline: float) -> Tuned:
     """What the table has, or what a search finds and stores there."""
     from . import launch, tuning_table
-    from .devices import table_name
-    from .search import searched
+    from .search import searched, timed
+    from .tuned import place
 
     view = view_of(size.shape, size.stride)
     assert view is not None, "recorded sizes are dense"
-    like = torch.empty(0, dtype=size.dtype, device=size.device)
-    dtype = str(size.dtype).removeprefix("torch.")
-    name, key = table_name(like), tuning_table.key(direction, dtype, view, size.dtype.itemsize)
+    what = (direction, size.shape, size.stride, size.dtype, size.device)
+    name, key = place(direction, view, torch.empty(0, dtype=size.dtype, device=size.device))
     entry = tuning_table.look_up(name, key)
     news = entry is None or not entry.finished
     if entry is None or news:
-        found = searched(direction, size.shape, size.stride, size.dtype, size.device, deadline)
-        if entry is not None and not found.finished:
-            found = min(entry, found, key=lambda e: e.us / e.default_us)
-        entry = found
-        tuning_table.save(name, {key: entry})
+        found = searched(*what, deadline, entry)
+        tuning_table.save(name, {key: found})
         launch.forget_calls()
-    strategy = "default" if entry.choice is None else entry.choice.strategy
+        entry = tuning_table.look_up(name, key) or found  # another process may have finished it
     times = (entry.us, entry.default_us)
+    if entry.view != view:  # the plan serves this size too: how well?
+        times = timed(*what, entry.choice)
+    strategy = "default" if entry.choice is None else entry.choice.strategy
+    dtype = str(size.dtype).removeprefix("torch.")
     return Tuned(direction, size.shape, dtype, layout_of(size), *times, strategy, news, entry.finished)
 
 
 def recorded(model: nn.Module, inputs: tuple[Any, ...]) -> list[Size]:
-    """The inputs of a model's BatchRenorm layers. A copy runs, so that no statistics are updated."""
+    """The inputs of a model's BatchRenorm layers. A copy runs, on copies, so that nothing is updated."""
     found: list[Size] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -156,8 +161,14 @@ def recorded(model: nn.Module, inputs: tuple[Any, ...]) -> list[Size]:
         raise ValueError("model_or_shapes: the model has no BatchRenorm layer")
     for layer in layers:
         layer.register_forward_pre_hook(record, with_kwargs=True)
-    with torch.random.fork_rng(), torch.no_grad():
-        replica(*inputs)
+    clones = tree_map_only(torch.Tensor, torch.clone, inputs)
+    tensors = [*model.parameters(), *model.buffers(), *clones]
+    gpus = {t.device.index for t in tensors if isinstance(t, torch.Tensor) and t.is_cuda}
+    # A strategy that is forced is not tuned, whatever TRITON_BRN_AUTOTUNE says.
+    with torch.random.fork_rng(sorted(gpus)), torch.no_grad(), planner.forced_strategy("two_launch"):
+        replica(*clones)
+    if not found:
+        raise ValueError("inputs: the model gave its BatchRenorm layers none")
     return found
 
 
@@ -165,6 +176,8 @@ def size_of(
     shape: Sequence[int], dtype: torch.dtype, channels_last: bool, device: torch.device | str | None
 ) -> Size:
     """The size of a shape's tensor."""
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"model_or_shapes: expected shapes (N, C, ...), got {shape!r} among them")
     shape = tuple(shape)
     if len(shape) < 2 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError(f"model_or_shapes: expected shapes (N, C, ...) of positive integers, got {shape}")

@@ -2,13 +2,15 @@
 
 The user's table is in the platform's cache directory, or where TRITON_BRN_CACHE_DIR says; tables in the
 package come second. Nothing in a file is executed, and none is fatal: one that is damaged, or was made by
-other versions, is reported once and ignored, and replaced by the next tuning.
+other versions, is reported once and ignored, and replaced by the next tuning. A shipped one is only logged:
+there is nothing that its user could do.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import re
@@ -23,9 +25,13 @@ from .planner import STRATEGIES
 from .version import __version__
 from .views import View, addressing, power_of_two
 
+_log = logging.getLogger(__name__)
+
 SHIPPED = Path(__file__).parent / "tables"
 MOST_BYTES = 4 << 20  # some 20,000 entries
 LOCK_SECONDS = 30.0
+#: The numbers of a choice, in order.
+NUMBERS = tuple(field.name for field in dataclasses.fields(Choice)[1:])
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,9 @@ class Entry:
     us: float  # microseconds of a call as chosen, when it was tuned
     default_us: float  # and as the planner has it
     finished: bool  # False: the time was up before everything had been tried
+    view: View  # that was timed
+    #: While not finished: what has been tried, and how many microseconds it took; None: it cannot run.
+    tried: tuple[tuple[Choice, float | None], ...] = ()
 
 
 def key(direction: str, dtype: str, view: View, itemsize: int) -> str:
@@ -73,24 +82,38 @@ def look_up(device: str, wanted: str) -> Entry | None:
         with _reading:
             table = _tables.get((device, folder))
             if table is None:
-                table = _tables[device, folder] = read(device, path_of(device, folder))
+                table = _tables[device, folder] = trusted(device, folder)
         if wanted in table:
             return table[wanted]
     return None
 
 
-def read(device: str, path: Path, warn: bool = True) -> dict[str, Entry]:
-    """The entries of a file; none, and a warning, if it cannot be trusted."""
+def trusted(device: str, folder: Path) -> dict[str, Entry]:
+    """The entries of a device's file; none, and a word of why, if it cannot be trusted."""
+    path = path_of(device, folder)
     try:
-        return entries_of(contents(path), device)
+        return read(device, path)
+    except (OSError, ValueError, RecursionError) as error:
+        message = f"tuning table {path} is ignored: {error}"
+        if folder == SHIPPED:
+            _log.debug(message)
+        else:
+            warnings.warn(f"{message}. `python -m triton_brn tune` replaces it", stacklevel=2)
+        return {}
+
+
+def read(device: str, path: Path) -> dict[str, Entry]:
+    """The entries of a file; none where there is no file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError, RecursionError: it cannot be trusted.
+    """
+    try:
+        table = contents(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        if not warn:
-            return {}
-        message = f"tuning table {path} is ignored: {error}. `python -m triton_brn tune` replaces it"
-        warnings.warn(message, stacklevel=2)
-        return {}
+    return entries_of(table, device)
 
 
 def contents(path: Path) -> Any:
@@ -136,36 +159,62 @@ def entry_of(name: str, fields: Any) -> Entry:
     Raises:
         ValueError: it is none.
     """
-    fault = ValueError(f"entry {name[:80]!r} is not understood")
-    if not isinstance(fields, dict):
-        raise fault
-    fields = dict(fields)
-    us, default_us, finished = (fields.pop(field, None) for field in ("us", "default_us", "finished"))
-    times = all(isinstance(t, float) and math.isfinite(t) and t >= 0 for t in (us, default_us))
-    if not times or not isinstance(finished, bool):
-        raise fault
-    strategy = fields.pop("strategy", None)
-    if strategy == "default" and not fields:
-        return Entry(None, us, default_us, finished)
-    names = [field.name for field in dataclasses.fields(Choice)[1:]]
-    whole = all(type(fields.get(number)) is int and 0 < fields[number] < 2**31 for number in names)
-    if strategy not in STRATEGIES or len(fields) != len(names) or not whole:
-        raise fault
-    return Entry(Choice(strategy, **fields), us, default_us, finished)
+    try:
+        return _entry(**fields)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"entry {name[:80]!r} is not understood") from None
+
+
+def _entry(
+    strategy: Any, us: Any, default_us: Any, finished: Any, view: Any, tried: Any = (), **numbers: Any
+) -> Entry:
+    choice = None
+    if strategy != "default" or numbers:
+        choice = _choice(strategy, *(numbers.pop(number) for number in NUMBERS))
+    if numbers or not isinstance(finished, bool):
+        raise ValueError
+    others = tuple((_choice(*them), None if t is None else _time(t)) for *them, t in tried)
+    return Entry(choice, _time(us), _time(default_us), finished, View(*map(_whole, view)), others)
+
+
+def _choice(strategy: Any, *numbers: Any) -> Choice:
+    if strategy not in STRATEGIES or not all(_whole(n) < 2**31 for n in numbers):
+        raise ValueError
+    return Choice(strategy, *numbers)
+
+
+def _whole(n: Any) -> int:
+    if type(n) is not int or n < 1:
+        raise ValueError
+    return n
+
+
+def _time(t: Any) -> float:
+    if not isinstance(t, float) or not math.isfinite(t) or t <= 0:
+        raise ValueError
+    return t
 
 
 def save(device: str, found: dict[str, Entry]) -> Path:
     """Add entries to the user's table, beside what other processes put there. Returns its path.
 
+    What another process has finished meanwhile is kept, if it is not finished here.
+
     Raises:
-        OSError: it cannot be written, or another process has held its lock for 30 s.
+        OSError: it cannot be read or written, or another process has held its lock for 30 s.
     """
     from filelock import FileLock
 
     path = path_of(device, directory())
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
-        entries = read(device, path, warn=False) | found  # look_up has warned of a table that is replaced
+        try:
+            entries = read(device, path)
+        except (ValueError, RecursionError):
+            entries = {}  # look_up has warned of it
+        for name, entry in found.items():
+            if entry.finished or name not in entries or not entries[name].finished:
+                entries[name] = entry
         write(path, {**stamps(device), "entries": {name: as_json(entries[name]) for name in sorted(entries)}})
     with _reading:
         _tables[device, path.parent] = entries
@@ -176,7 +225,9 @@ def as_json(entry: Entry) -> dict[str, Any]:
     """An entry as a table has it."""
     choice = {"strategy": "default"} if entry.choice is None else dataclasses.asdict(entry.choice)
     times = {"us": entry.us, "default_us": entry.default_us}
-    return {**choice, **times, "finished": entry.finished}
+    tried = [[*dataclasses.astuple(other), us] for other, us in entry.tried]
+    more = {"tried": tried} if tried else {}
+    return {**choice, **times, "finished": entry.finished, "view": entry.view, **more}
 
 
 def write(path: Path, table: dict[str, Any]) -> None:
