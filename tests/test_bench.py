@@ -1,10 +1,7 @@
-"""The benchmark: its arithmetic on known times, its files, its errors. No time is judged."""
+"""The benchmark: its inputs, and its arithmetic on known times. No time is judged."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import json
 from collections import Counter
 from contextlib import nullcontext
 from itertools import pairwise
@@ -12,12 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import batch_renorm_reference
-from torch import nn
 
-from triton_brn import _bench_measure, _bench_models, _bench_peers, _bench_report, _bench_run, benchmark
-from triton_brn.__main__ import main
-from triton_brn._bench_cases import DIRECTIONS, PRESETS, Case, default_cases, preset_shapes
+from triton_brn import _bench_measure, _bench_peers, _bench_report, _bench_run
+from triton_brn._bench_cases import PRESETS, Case, default_cases, preset_shapes
 from triton_brn._bench_measure import Effort
 from triton_brn._bench_peers import OURS
 from triton_brn._bench_run import Compiling, Measured, rows_of
@@ -26,25 +20,6 @@ pytestmark = pytest.mark.usefixtures("eager")
 CPU = torch.device("cpu")
 SHORT = Effort(seconds=0, least=3, most=3)
 SMALL = Case((4, 6, 5, 5))
-LIGHT = (OURS, "BatchNorm", "plain PyTorch")  # neither compiled nor of a package that takes seconds to import
-
-
-@pytest.fixture
-def complete() -> None:
-    """Only where the command's packages are installed."""
-    if missing := benchmark.missing_extras():
-        pytest.skip(f"needs {', '.join(missing)}")
-
-
-@pytest.fixture
-def light(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few contestants, few rounds, small buffers, and a short run of the command."""
-    monkeypatch.setattr(
-        _bench_run, "peers", lambda kind: [p for p in _bench_peers.peers(kind) if p.name in LIGHT]
-    )
-    monkeypatch.setattr(_bench_measure, "QUICK", SHORT)
-    monkeypatch.setattr(_bench_measure, "COPY_BYTES", 1 << 16)
-    _bench_measure.copy_bandwidth.cache_clear()
 
 
 class Clock:
@@ -159,42 +134,6 @@ def test_inputs_are_the_same_each_time_in_the_layout_asked_for():
     assert torch.equal(x, case.tensors(CPU)[0])
 
 
-@pytest.mark.parametrize("shape", [(8, 5), (4, 5, 3, 3)])
-def test_plain_version_is_algorithm_1(shape):
-    layer = _bench_peers.PlainBatchRenorm(5)
-    x = torch.randn(shape) * 3 + 1
-    expected = batch_renorm_reference(x, torch.zeros(5), torch.ones(5) - 1e-5)
-    torch.testing.assert_close(layer(x).double(), expected.y, rtol=0, atol=1e-5)
-    torch.testing.assert_close(layer.running_mean.double(), expected.running_mean, rtol=0, atol=1e-6)
-    torch.testing.assert_close(
-        layer.running_std.double(), (expected.running_var + 1e-5).sqrt(), rtol=0, atol=1e-6
-    )
-
-
-def test_layers_for_rows_get_the_maps_statistics():
-    x = torch.randn(4, 5, 3, 3)
-    expected = nn.BatchNorm2d(5)(x)
-    for form in (torch.contiguous_format, torch.channels_last):
-        y = _bench_peers.OnRows(nn.BatchNorm1d(5))(x.contiguous(memory_format=form))
-        torch.testing.assert_close(y, expected)
-
-
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_calls_do_what_their_direction_says(direction):
-    x, dy = SMALL.tensors(CPU)
-    layer = _bench_peers.batch_renorm(SMALL.shape)
-    call = _bench_peers.call_of(layer, x, dy, direction)
-    before = int(layer.num_batches_tracked)
-    found = [call(), call()][1]
-    assert int(layer.num_batches_tracked) - before == (2 if direction in ("forward", "both") else 0)
-    if direction in ("backward", "both"):
-        assert [g.shape for g in found] == [x.shape, (6,), (6,)]
-    else:
-        assert found.shape == x.shape
-        assert found.requires_grad == (direction == "forward")
-    assert x.grad is None
-
-
 def test_what_a_contestant_cannot_do_is_noted(monkeypatch):
     def broken(shape):
         raise RuntimeError("out of luck\nand more")
@@ -228,107 +167,6 @@ def test_the_strategy_is_the_plans(monkeypatch):
     monkeypatch.setenv("TRITON_BRN_BACKEND", "triton")
     assert _bench_run.strategy_of(x, "both") == "resident"
     assert _bench_run.strategy_of(x, "inference") == "two_launch"
-
-
-@pytest.mark.usefixtures("complete", "light")
-def test_the_command_writes_complete_tables_and_figures(tmp_path, capsys):
-    main(
-        ["bench", "--quick", "--shape", "4,6,5,5", "8,6", "--direction", *DIRECTIONS, "--out", str(tmp_path)]
-    )
-    shown = capsys.readouterr().out
-    assert "4x6x5x5 fp32" in shown
-    records = json.loads((tmp_path / "layers.json").read_text())
-    with (tmp_path / "layers.csv").open() as file:
-        table = list(csv.DictReader(file))
-    assert len(table) == len(records) == 2 * len(DIRECTIONS) * len(LIGHT)
-    assert list(table[0]) == [field.name for field in dataclasses.fields(_bench_run.Row)]
-    for record in records:
-        assert record["ms_q20"] <= record["ms"] <= record["ms_q80"]
-        assert record["gbps"] == pytest.approx(record["ideal_mb"] / record["ms"])
-        assert all(
-            record[k] for k in ("device", "python", "torch", "triton", "triton_brn", "strategy", "speedup")
-        )
-    for name in ("speedup", "bandwidth", "scaling"):
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.usefixtures("complete", "light")
-def test_one_direction_in_channels_last(tmp_path):
-    arguments = [
-        "--shape",
-        "2,6,5,5",
-        "--channels-last",
-        "--direction",
-        "inference",
-        "--dtype",
-        "bf16",
-        "fp32",
-    ]
-    main(["bench", "--quick", *arguments, "--out", str(tmp_path)])
-    records = json.loads((tmp_path / "layers.json").read_text())
-    assert {(r["layout"], r["direction"]) for r in records} == {("channels_last", "inference")}
-    assert {r["dtype"] for r in records} == {"bf16", "fp32"}
-
-
-@pytest.mark.usefixtures("complete", "light")
-def test_an_input_that_nobody_takes_is_reported(tmp_path, capsys):
-    main(["bench", "--quick", "--shape", "1,6", "--direction", "forward", "--out", str(tmp_path)])
-    assert "BatchNorm: failed: ValueError: Expected more than 1 value per channel" in capsys.readouterr().out
-    assert (tmp_path / "layers.csv").is_file()
-
-
-@pytest.mark.usefixtures("complete")
-def test_whole_models(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(_bench_models.DEPTHS, "resnet18", ((1,), False))
-    monkeypatch.setattr(_bench_models, "QUICK", SHORT)
-    main(["bench", "--model", "resnet18", "--quick", "--batch", "2", "--out", str(tmp_path)])
-    rows = json.loads((tmp_path / "resnet18.json").read_text())
-    assert [row["peer"] for row in rows] == list(_bench_models.VARIANTS)
-    assert all(row["images_per_second"] == pytest.approx(2e3 / row["ms"]) for row in rows)
-    assert "training step" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters", "norms"), [("resnet18", 11_689_512, 20), ("resnet50", 25_557_032, 53)]
-)
-def test_models_are_resnets(name, parameters, norms):
-    with torch.device("meta"):
-        model = _bench_models.resnet(name)
-        assert sum(p.numel() for p in model.parameters()) == parameters  # as published
-        assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == norms
-        assert model(torch.empty(2, 3, 64, 64)).shape == (2, 1000)
-        plain = _bench_models.with_plain(model)
-    assert sum(isinstance(m, _bench_peers.PlainBatchRenorm) for m in plain.modules()) == norms
-
-
-def test_a_missing_package_is_answered_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setattr(benchmark, "EXTRAS", ("no_such_package",))
-    with pytest.raises(SystemExit, match=r"needs no_such_package: pip install 'triton_brn\[bench\]'"):
-        main(["bench"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--shape", "3"], "argument --shape: expected 2 to 5 sizes above 0 as in 32,64,56,56, got '3'"),
-        (["--shape", "4,0,2"], "argument --shape: expected"),
-        (["--shape", "4,five"], "argument --shape: expected"),
-        (["--shape", "4,5", "--preset", "odd"], "argument --preset: not allowed with argument --shape"),
-        (["--shape", "4,5", "--channels-last"], "argument --channels-last: expected shapes of 4 or 5 sizes"),
-        (["--batch", "4"], "argument --batch: goes with --model or --preset resnet50, inception, odd"),
-        (["--preset", "odd", "--batch", "0"], "argument --batch: expected at least 1, got 0"),
-        (["--compile-seconds", "-1"], "argument --compile-seconds: expected at least 0, got -1"),
-        (["--device", "no"], "argument --device"),
-        (["--device", "meta"], "argument --device: expected cpu or cuda, got meta"),
-        (["--dtype", "int8"], "argument --dtype: invalid choice"),
-        (["--model", "resnet18", "--dtype", "bf16"], "argument --dtype: not allowed with argument --model"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "EXTRAS", ())
-    with pytest.raises(SystemExit):
-        main(["bench", *arguments])
-    assert message in capsys.readouterr().err
 
 
 class Event:

@@ -1,0 +1,140 @@
+"""The benchmark's command: its files and its errors, and whole networks. No time is judged."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from triton_brn import _bench_measure, _bench_models, _bench_peers, _bench_run, benchmark
+from triton_brn.__main__ import main
+from triton_brn._bench_cases import DIRECTIONS
+from triton_brn._bench_measure import Effort
+from triton_brn._bench_peers import OURS
+
+pytestmark = pytest.mark.usefixtures("eager")
+SHORT = Effort(seconds=0, least=3, most=3)
+LIGHT = (OURS, "BatchNorm", "plain PyTorch")  # neither compiled nor of a package that takes seconds to import
+
+
+@pytest.fixture
+def complete() -> None:
+    """Only where the command's packages are installed."""
+    if missing := benchmark.missing_extras():
+        pytest.skip(f"needs {', '.join(missing)}")
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few contestants, few rounds, small buffers, and a short run of the command."""
+    monkeypatch.setattr(
+        _bench_run, "peers", lambda kind: [p for p in _bench_peers.peers(kind) if p.name in LIGHT]
+    )
+    monkeypatch.setattr(_bench_measure, "QUICK", SHORT)
+    monkeypatch.setattr(_bench_measure, "COPY_BYTES", 1 << 16)
+    _bench_measure.copy_bandwidth.cache_clear()
+
+
+@pytest.mark.usefixtures("complete", "light")
+def test_the_command_writes_complete_tables_and_figures(tmp_path, capsys):
+    main(
+        ["bench", "--quick", "--shape", "4,6,5,5", "8,6", "--direction", *DIRECTIONS, "--out", str(tmp_path)]
+    )
+    shown = capsys.readouterr().out
+    assert "4x6x5x5 fp32" in shown
+    records = json.loads((tmp_path / "layers.json").read_text())
+    with (tmp_path / "layers.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(records) == 2 * len(DIRECTIONS) * len(LIGHT)
+    assert list(table[0]) == [field.name for field in dataclasses.fields(_bench_run.Row)]
+    for record in records:
+        assert record["ms_q20"] <= record["ms"] <= record["ms_q80"]
+        assert record["gbps"] == pytest.approx(record["ideal_mb"] / record["ms"])
+        assert all(
+            record[k] for k in ("device", "python", "torch", "triton", "triton_brn", "strategy", "speedup")
+        )
+    for name in ("speedup", "bandwidth", "scaling"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("complete", "light")
+def test_one_direction_in_channels_last(tmp_path):
+    arguments = [
+        "--shape",
+        "2,6,5,5",
+        "--channels-last",
+        "--direction",
+        "inference",
+        "--dtype",
+        "bf16",
+        "fp32",
+    ]
+    main(["bench", "--quick", *arguments, "--out", str(tmp_path)])
+    records = json.loads((tmp_path / "layers.json").read_text())
+    assert {(r["layout"], r["direction"]) for r in records} == {("channels_last", "inference")}
+    assert {r["dtype"] for r in records} == {"bf16", "fp32"}
+
+
+@pytest.mark.usefixtures("complete", "light")
+def test_an_input_that_nobody_takes_is_reported(tmp_path, capsys):
+    main(["bench", "--quick", "--shape", "1,6", "--direction", "forward", "--out", str(tmp_path)])
+    assert "BatchNorm: failed: ValueError: Expected more than 1 value per channel" in capsys.readouterr().out
+    assert (tmp_path / "layers.csv").is_file()
+
+
+@pytest.mark.usefixtures("complete")
+def test_whole_models(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(_bench_models.DEPTHS, "resnet18", ((1,), False))
+    monkeypatch.setattr(_bench_models, "QUICK", SHORT)
+    main(["bench", "--model", "resnet18", "--quick", "--batch", "2", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "resnet18.json").read_text())
+    assert [row["peer"] for row in rows] == list(_bench_models.VARIANTS)
+    assert all(row["images_per_second"] == pytest.approx(2e3 / row["ms"]) for row in rows)
+    assert "training step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "norms"), [("resnet18", 11_689_512, 20), ("resnet50", 25_557_032, 53)]
+)
+def test_models_are_resnets(name, parameters, norms):
+    with torch.device("meta"):
+        model = _bench_models.resnet(name)
+        assert sum(p.numel() for p in model.parameters()) == parameters  # as published
+        assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == norms
+        assert model(torch.empty(2, 3, 64, 64)).shape == (2, 1000)
+        plain = _bench_models.with_plain(model)
+    assert sum(isinstance(m, _bench_peers.PlainBatchRenorm) for m in plain.modules()) == norms
+
+
+def test_a_missing_package_is_answered_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(benchmark, "EXTRAS", ("no_such_package",))
+    with pytest.raises(SystemExit, match=r"needs no_such_package: pip install 'triton_brn\[bench\]'"):
+        main(["bench"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "3"], "argument --shape: expected 2 to 5 sizes above 0 as in 32,64,56,56, got '3'"),
+        (["--shape", "4,0,2"], "argument --shape: expected"),
+        (["--shape", "4,five"], "argument --shape: expected"),
+        (["--shape", "4,5", "--preset", "odd"], "argument --preset: not allowed with argument --shape"),
+        (["--shape", "4,5", "--channels-last"], "argument --channels-last: expected shapes of 4 or 5 sizes"),
+        (["--batch", "4"], "argument --batch: goes with --model or --preset resnet50, inception, odd"),
+        (["--preset", "odd", "--batch", "0"], "argument --batch: expected at least 1, got 0"),
+        (["--compile-seconds", "-1"], "argument --compile-seconds: expected at least 0, got -1"),
+        (["--device", "no"], "argument --device"),
+        (["--device", "meta"], "argument --device: expected cpu or cuda, got meta"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice"),
+        (["--model", "resnet18", "--dtype", "bf16"], "argument --dtype: not allowed with argument --model"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "EXTRAS", ())
+    with pytest.raises(SystemExit):
+        main(["bench", *arguments])
+    assert message in capsys.readouterr().err

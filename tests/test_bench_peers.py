@@ -1,0 +1,50 @@
+"""The contestants of the benchmark: that they compute what is compared."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import batch_renorm_reference
+from torch import nn
+
+from triton_brn import _bench_peers
+from triton_brn._bench_cases import DIRECTIONS, Case
+
+pytestmark = pytest.mark.usefixtures("eager")
+SMALL = Case((4, 6, 5, 5))
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (4, 5, 3, 3)])
+def test_plain_version_is_algorithm_1(shape):
+    layer = _bench_peers.PlainBatchRenorm(5)
+    x = torch.randn(shape) * 3 + 1
+    expected = batch_renorm_reference(x, torch.zeros(5), torch.ones(5) - 1e-5)
+    torch.testing.assert_close(layer(x).double(), expected.y, rtol=0, atol=1e-5)
+    torch.testing.assert_close(layer.running_mean.double(), expected.running_mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        layer.running_std.double(), (expected.running_var + 1e-5).sqrt(), rtol=0, atol=1e-6
+    )
+
+
+def test_layers_for_rows_get_the_maps_statistics():
+    x = torch.randn(4, 5, 3, 3)
+    expected = nn.BatchNorm2d(5)(x)
+    for form in (torch.contiguous_format, torch.channels_last):
+        y = _bench_peers.OnRows(nn.BatchNorm1d(5))(x.contiguous(memory_format=form))
+        torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_calls_do_what_their_direction_says(direction):
+    x, dy = SMALL.tensors(torch.device("cpu"))
+    layer = _bench_peers.batch_renorm(SMALL.shape)
+    call = _bench_peers.call_of(layer, x, dy, direction)
+    before = int(layer.num_batches_tracked)
+    found = [call(), call()][1]
+    assert int(layer.num_batches_tracked) - before == (2 if direction in ("forward", "both") else 0)
+    if direction in ("backward", "both"):
+        assert [g.shape for g in found] == [x.shape, (6,), (6,)]
+    else:
+        assert found.shape == x.shape
+        assert found.requires_grad == (direction == "forward")
+    assert x.grad is None
