@@ -12,7 +12,7 @@ from torch import nn
 
 from triton_brn import _bench_measure, _bench_models, _bench_peers, _bench_run, benchmark
 from triton_brn.__main__ import main
-from triton_brn._bench_cases import DIRECTIONS
+from triton_brn._bench_cases import DIRECTIONS, RESNET50
 from triton_brn._bench_measure import Effort
 from triton_brn._bench_peers import OURS
 
@@ -108,6 +108,17 @@ def test_models_are_resnets(name, parameters, norms):
         assert model(torch.empty(2, 3, 64, 64)).shape == (2, 1000)
         plain = _bench_models.with_plain(model)
     assert sum(isinstance(m, _bench_peers.PlainBatchRenorm) for m in plain.modules()) == norms
+
+
+def test_the_resnet50_preset_holds_every_batch_normalisation():
+    found = []
+    with torch.device("meta"):
+        model = _bench_models.resnet("resnet50")
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.register_forward_hook(lambda layer, args, y: found.append(tuple(y.shape[1:3])))
+        model(torch.empty(1, 3, 224, 224))
+    assert RESNET50 == tuple(dict.fromkeys(found))
 
 
 def test_a_missing_package_is_answered_with_the_command_that_installs_it(monkeypatch):

@@ -17,9 +17,16 @@ DIRECTIONS = ("forward", "backward", "both", "inference")
 IDEAL_TENSORS = {"forward": 2, "backward": 3, "both": 5, "inference": 2}
 LAYOUTS = ("contiguous", "channels_last")
 
-#: (channels, height) of the batch normalisations of ResNet-50 at 224 x 224 and Inception-v3 at 299 x 299.
-RESNET50 = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
-INCEPTION = ((32, 149), (64, 147), (80, 73), (192, 71), (96, 35), (192, 17), (448, 8), (320, 8))
+#: (channels, height) of all batch normalisations, each once, by depth: ResNet-50 at 224 x 224, and
+#: Inception-v3 at 299 x 299 without its auxiliary head.
+RESNET50 = (
+    *((64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28)),
+    *((256, 28), (256, 14), (1024, 14), (512, 14), (512, 7), (2048, 7)),
+)
+INCEPTION = (
+    *((32, 149), (32, 147), (64, 147), (80, 73), (192, 71), (64, 35), (48, 35), (96, 35), (32, 35)),
+    *((384, 17), (96, 17), (128, 17), (160, 17), (192, 17), (320, 8), (192, 8), (384, 8), (448, 8)),
+)
 ODD = ((32, 149), (96, 35), (192, 17), (512, 7))
 ON_IMAGES = {"resnet50": RESNET50, "inception": INCEPTION, "odd": ODD}
 PRESETS = ("default", *ON_IMAGES, "crossq", "3d")
