@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from triton_brn import _bench_measure, _bench_peers, _bench_report, _bench_run
+from triton_brn import _bench_measure, _bench_peers, _bench_report, _bench_run, candidates, tuning_table
 from triton_brn._bench_cases import PRESETS, Case, default_cases, preset_shapes
 from triton_brn._bench_measure import Effort
 from triton_brn._bench_peers import OURS
+from triton_brn._bench_plans import plans_of
 from triton_brn._bench_run import Compiling, Measured, rows_of
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -84,9 +85,11 @@ def test_rows_are_computed_from_the_times():
         peak={OURS: 7.5},
         launches={OURS: 1},
         notes={"BatchNorm": "no CUDA graph: for a reason", "torchrl": "left out"},
+        packages={"BatchNorm": "a package 1.2"},
     )
     case = Case((2, 5, 10, 10), "bf16")
-    ours, norm, absent = rows_of(case, "backward", "resident", measured, 10.0, {"device": "a device"})
+    plans = [("resident", "planner"), ("blocked", "tuned"), ("resident", "planner")]
+    ours, norm, absent = rows_of(case, "backward", plans, measured, 10.0, {"device": "a device"})
     ideal = 3 * 2 * 1000  # x, dy and dx in two bytes
     assert (ours.ms, norm.ms) == (2, 6)
     assert (ours.ms_q20, ours.ms_q80) == pytest.approx((1.4, 3.2))
@@ -100,7 +103,11 @@ def test_rows_are_computed_from_the_times():
     assert "no CUDA graph" in norm.note
     assert (absent.peer, absent.ms, absent.speedup, absent.note) == ("torchrl", None, None, "left out")
     assert {row.device for row in (ours, norm, absent)} == {"a device"}
-    assert {row.strategy for row in (ours, norm, absent)} == {"resident"}
+    assert {row.strategy for row in (ours, norm, absent)} == {"resident + blocked"}
+    assert {row.planned_by for row in (ours, norm, absent)} == {"planner + tuned"}
+    assert [row.package for row in (ours, norm, absent)] == ["", "a package 1.2", ""]
+    assert _bench_report.plan_of(ours) == "resident + blocked (planner + tuned)"
+    assert "a package 1.2" in _bench_report.heading([ours, norm, absent])
 
 
 @pytest.mark.parametrize(
@@ -161,12 +168,40 @@ def test_compiling_ends_when_its_seconds_are_used_up():
     assert compiling.refusal == "not compiled: --compile-seconds 5 were used up"
 
 
-def test_the_strategy_is_the_plans(monkeypatch):
+def test_rows_say_which_code_ran(monkeypatch):
+    some = [
+        _bench_peers.Peer(OURS, _bench_peers.batch_renorm),
+        _bench_peers.Peer("pytest", _bench_peers.batch_norm, package="pytest"),
+    ]
+    monkeypatch.setattr(_bench_run, "peers", lambda kind: some)
+    monkeypatch.setattr(_bench_run, "copy_bandwidth", lambda device: 1.0)
+    monkeypatch.setattr(_bench_run, "plans_of", lambda x, direction: [("cluster", "tuned")])
+    bar = SimpleNamespace(set_postfix_str=lambda text: None, update=lambda: None)
+    rows = _bench_run.measure(SMALL, ["both"], CPU, SHORT, bar, Compiling(0))
+    assert [row.package for row in rows] == ["", f"pytest {pytest.__version__}"]
+    assert {(row.strategy, row.planned_by) for row in rows} == {("cluster", "tuned")}
+
+
+def test_the_plans_are_those_that_run(monkeypatch):
     x = torch.randn(4, 8)
-    assert _bench_run.strategy_of(x, "both") == "eager"
+    assert plans_of(x, "both") == [("eager", "")]
     monkeypatch.setenv("TRITON_BRN_BACKEND", "triton")
-    assert _bench_run.strategy_of(x, "both") == "resident"
-    assert _bench_run.strategy_of(x, "inference") == "two_launch"
+    assert plans_of(x, "both") == [("resident", "planner")] * 2
+    assert plans_of(x, "inference") == [("two_launch", "planner")]
+
+
+def test_a_tuned_plan_and_a_retreat_are_told_from_the_planners(monkeypatch, request):
+    launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
+    request.addfinalizer(launch.forget_calls)
+    monkeypatch.setenv("TRITON_BRN_BACKEND", "triton")
+    x = torch.randn(4, 8)
+    call = launch.prepared("forward", x, torch.float32)[1]
+    call.retreat(x, torch.float32)
+    assert plans_of(x, "both") == [("two_launch", "retreat"), ("resident", "planner")]
+    entry = tuning_table.Entry(candidates.choice_of(call.plan), us=1, default_us=2, finished=True)
+    monkeypatch.setattr(tuning_table, "look_up", lambda name, key: entry)
+    launch.forget_calls()
+    assert plans_of(x, "forward") == [("two_launch", "tuned")]
 
 
 class Event:

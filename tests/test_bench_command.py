@@ -93,6 +93,7 @@ def test_whole_models(tmp_path, monkeypatch, capsys):
     main(["bench", "--model", "resnet18", "--quick", "--batch", "2", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "resnet18.json").read_text())
     assert [row["peer"] for row in rows] == list(_bench_models.VARIANTS)
+    assert all((row["strategies"], row["planned_by"]) == ("eager", "") for row in rows)
     assert all(row["images_per_second"] == pytest.approx(2e3 / row["ms"]) for row in rows)
     assert "training step" in capsys.readouterr().out
 
@@ -110,6 +111,21 @@ def test_models_are_resnets(name, parameters, norms):
     assert sum(isinstance(m, _bench_peers.PlainBatchRenorm) for m in plain.modules()) == norms
 
 
+def test_the_plans_of_a_model_are_those_of_its_layers(monkeypatch):
+    seen = iter((("resident", "planner"), ("cluster", "planner"), ("resident", "tuned")))
+    monkeypatch.setattr(_bench_models, "plans_of", lambda x, direction: [next(seen)])
+    model = nn.Sequential(*(_bench_peers.batch_renorm((2, 6, 5, 5)) for _ in range(3)))
+    steps = []
+
+    def step():
+        steps.append(model(torch.randn(2, 6, 5, 5)))
+
+    plans = _bench_models.plans_in(model, step)
+    assert plans == [("resident", "planner"), ("cluster", "planner"), ("resident", "tuned")]
+    step()  # hooks are gone
+    assert len(steps) == 2
+
+
 def test_the_resnet50_preset_holds_every_batch_normalisation():
     found = []
     with torch.device("meta"):
@@ -118,7 +134,7 @@ def test_the_resnet50_preset_holds_every_batch_normalisation():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.register_forward_hook(lambda layer, args, y: found.append(tuple(y.shape[1:3])))
         model(torch.empty(1, 3, 224, 224))
-    assert RESNET50 == tuple(dict.fromkeys(found))
+    assert tuple(dict.fromkeys(found)) == RESNET50
 
 
 def test_a_missing_package_is_answered_with_the_command_that_installs_it(monkeypatch):

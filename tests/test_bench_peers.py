@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+
 import pytest
 import torch
 from reference import batch_renorm_reference
@@ -48,3 +50,15 @@ def test_calls_do_what_their_direction_says(direction):
         assert found.shape == x.shape
         assert found.requires_grad == (direction == "forward")
     assert x.grad is None
+
+
+def test_a_contestants_package_is_named_with_its_version():
+    versions = {peer.name: peer.version for peer in _bench_peers.peers("cpu")}
+    installed = {p.name for p in _bench_peers.peers("cpu") if p.package and not p.missing}
+    for name in installed:
+        assert versions[name] == f"{name} {importlib.metadata.version(name)}"
+    assert versions[_bench_peers.OURS] == versions["BatchNorm"] == ""
+    pytest_as_peer = _bench_peers.Peer("pytest", _bench_peers.batch_norm, package="pytest")
+    assert pytest_as_peer.version == f"pytest {pytest.__version__}"
+    sources = _bench_peers.Peer("bench", _bench_peers.batch_norm, package="no_such_package")
+    assert sources.version == "bench, version unknown"

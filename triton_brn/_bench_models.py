@@ -27,7 +27,9 @@ from ._bench_measure import (
     wall_clock,
 )
 from ._bench_peers import LIMITS, OURS, PlainBatchRenorm
+from ._bench_plans import joined, plans_of
 from .convert import convert_batchnorm
+from .modules import BatchRenorm2d
 
 CLASSES = 1000
 #: Blocks of each stage, and whether they have a bottleneck (He et al. 2015, table 1).
@@ -103,6 +105,8 @@ class ModelRow:
     image: int  # pixels a side
     dtype: str  # of the activations
     layout: str
+    strategies: str  # of all our layers' plans; "eager": torch's own kernels
+    planned_by: str  # those plans: "planner", "tuned" or "retreat", see _bench_plans
     ms: float  # wall clock, median
     ms_q20: float
     ms_q80: float
@@ -131,6 +135,21 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Call:
     return step
 
 
+def plans_in(model: nn.Module, step: Call) -> list[tuple[str, str]]:
+    """Of all our layers, see ``plans_of``, on what they get in a step."""
+    found: list[tuple[str, str]] = []
+
+    def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.extend(plans_of(args[0], "both"))
+
+    ours = [layer for layer in model.modules() if isinstance(layer, BatchRenorm2d)]
+    hooks = [layer.register_forward_pre_hook(hook) for layer in ours]
+    step()
+    for handle in hooks:
+        handle.remove()
+    return found
+
+
 def measure_model(
     name: str, device: torch.device, batch: int, image: int, channels_last: bool, effort: Effort
 ) -> list[ModelRow]:
@@ -140,11 +159,14 @@ def measure_model(
     images = torch.randn(batch, 3, image, image).to(device, memory_format=form)
     labels = torch.randint(CLASSES, (batch,)).to(device)
     steps = {}
+    plans: list[tuple[str, str]] = []
     for peer, variant in VARIANTS.items():
         torch.manual_seed(0)
         model = variant(resnet(name)).to(device).to(memory_format=form)  # type: ignore[call-overload]
         steps[peer] = training_step(model, images, labels)
         steps[peer]()
+        if peer == OURS:
+            plans = plans_in(model, steps[peer])
     cuda = device.type == "cuda"
     if not cuda:
         keep_freed_memory()
@@ -158,6 +180,8 @@ def measure_model(
             image=image,
             dtype="bf16 (autocast)" if cuda else "fp32",
             layout="channels_last" if channels_last else "contiguous",
+            strategies=joined(strategy for strategy, _ in plans),
+            planned_by=joined(who for _, who in plans),
             ms=statistics.median(seconds) * 1e3,
             ms_q20=quantile(seconds, 0.2) * 1e3,
             ms_q80=quantile(seconds, 0.8) * 1e3,

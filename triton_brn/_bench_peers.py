@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -118,6 +119,16 @@ class Peer:
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"left out: pip install {self.package.replace('_', '-')}"
         return ""
+
+    @property
+    def version(self) -> str:
+        """The package and its version; empty for torch's and ours."""
+        if not self.package:
+            return ""
+        try:
+            return f"{self.name} {importlib.metadata.version(self.package)}"
+        except importlib.metadata.PackageNotFoundError:  # found as a folder of sources
+            return f"{self.name}, version unknown"
 
     def make(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The layer. Parameters and statistics are float32, float64 for float64."""

@@ -48,9 +48,14 @@ def names_of(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(row.peer for row in rows if row.ms is not None))
 
 
+def plan_of(row: Row) -> str:
+    """Our strategy, and whose plan it is unless it is the planner's."""
+    return row.strategy + (f" ({row.planned_by})" if row.planned_by not in ("", "planner") else "")
+
+
 #: Heading and cell of what the table says of ours; those that no row has are left out.
 COLUMNS: dict[str, Callable[[Row], str]] = {
-    "plan": lambda row: row.strategy,
+    "plan": plan_of,
     "ms": lambda row: number(row.ms),
     "20 %": lambda row: number(row.ms_q20),
     "80 %": lambda row: number(row.ms_q80),
@@ -69,7 +74,7 @@ def print_tables(rows: Sequence[Row]) -> None:
     used = {name: cell for name, cell in COLUMNS.items() if any(cell(row).strip("-") for row in ours)}
     peers = {name: _faster_than(name) for name in names_of(rows) if name != OURS}
     groups = by_input(rows)
-    print_table(heading(rows[0]), groups, {k: _of_ours(cell) for k, cell in used.items()}, left=("plan",))
+    print_table(heading(rows), groups, {k: _of_ours(cell) for k, cell in used.items()}, left=("plan",))
     title = "How many times as fast as each peer (by ms above, median over rounds)"
     print_table(title, groups, {name.replace(" ", "\n"): cell for name, cell in peers.items()})
     for line in notes(rows):
@@ -152,12 +157,14 @@ def print_models(rows: Sequence[Any]) -> None:
     show(title, columns, lines, ("batch", "layers"))
 
 
-def heading(row: Row) -> str:
+def heading(rows: Sequence[Row]) -> str:
     """What the numbers are and belong to."""
+    row = rows[0]
     cuda = row.wall_ms is not None
+    packages = dict.fromkeys(row.package for row in rows if row.package)
     lines = [
         f"triton_brn {row.triton_brn} on {row.device}",
-        f"torch {row.torch}, Triton {row.triton}, Python {row.python}",
+        ", ".join((f"torch {row.torch}, Triton {row.triton}, Python {row.python}", *packages)),
         f"ms: median by {'device events, L2 cold' if cuda else 'wall clock'}, and its quantiles.",
         f"GB/s: each tensor counted once; a copy reaches {number(row.copy_gbps)}.",
     ]

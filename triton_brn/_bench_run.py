@@ -32,7 +32,7 @@ from ._bench_measure import (
     wall_clock,
 )
 from ._bench_peers import OURS, Peer, backward_can_be_repeated, call_of, peers
-from .backend import uses_triton
+from ._bench_plans import joined, plans_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Row:
     direction: str
     peer: str
     strategy: str  # of our plan for this input; "eager": torch's own kernels
+    planned_by: str = ""  # that plan: "planner", "tuned" or "retreat", see _bench_plans
+    package: str = ""  # and version, of a contestant that is neither torch's nor ours
     ms: float | None = None  # median; CUDA: device events, L2 cold; CPU: wall clock
     ms_q20: float | None = None
     ms_q80: float | None = None
@@ -90,6 +92,7 @@ class Measured:
     peak: dict[str, float] = field(default_factory=dict)
     launches: dict[str, int] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    packages: dict[str, str] = field(default_factory=dict)
 
 
 class Compiling:
@@ -114,21 +117,6 @@ class Compiling:
             yield
         finally:
             self.spent += perf_counter() - start
-
-
-def strategy_of(x: Tensor, direction: str) -> str:
-    """How our layer runs this input: the plan's strategies, forward before backward, or "eager"."""
-    if not uses_triton(x.device):
-        return "eager"
-    from . import launch
-
-    statistics_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    names = []
-    for one in ("forward", "backward") if direction == "both" else (direction,):
-        plan = launch.prepared(one, x.detach(), statistics_dtype)[1].plan
-        if plan.strategy not in names:
-            names.append(plan.strategy)
-    return " + ".join(names)
 
 
 def contestants(
@@ -181,8 +169,9 @@ def measure(
             bar.set_postfix_str(f"{case}: {direction}")
             measured = measure_how(layers, x, dy, direction, effort)
             measured.notes = {**notes, **measured.notes}
-            strategy = strategy_of(x, direction)
-            rows += rows_of(case, direction, strategy, measured, copy_bandwidth(device), stamp(device))
+            measured.packages = {name: peer.version for name, (peer, _) in layers.items()}
+            plans = plans_of(x, direction)
+            rows += rows_of(case, direction, plans, measured, copy_bandwidth(device), stamp(device))
             bar.update()
     return rows
 
@@ -237,7 +226,12 @@ def measure_cuda(layers: Layers, x: Tensor, dy: Tensor, direction: str, effort: 
 
 
 def rows_of(
-    case: Case, direction: str, strategy: str, measured: Measured, copy_gbps: float, stamps: dict[str, str]
+    case: Case,
+    direction: str,
+    plans: list[tuple[str, str]],
+    measured: Measured,
+    copy_gbps: float,
+    stamps: dict[str, str],
 ) -> list[Row]:
     """A row for each contestant, those that did not run too."""
     ideal = case.ideal_bytes(direction)
@@ -265,7 +259,9 @@ def rows_of(
                 layout=case.layout,
                 direction=direction,
                 peer=name,
-                strategy=strategy,
+                strategy=joined(strategy for strategy, _ in plans),
+                planned_by=joined(who for _, who in plans),
+                package=measured.packages.get(name, ""),
                 copy_gbps=copy_gbps,
                 ideal_mb=ideal / 1e6,
                 peak_mib=measured.peak.get(name),
