@@ -10,12 +10,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from triton_brn import _bench_measure, _bench_peers, _bench_report, _bench_run, candidates, tuning_table
+from triton_brn import (
+    _bench_budget,
+    _bench_measure,
+    _bench_peers,
+    _bench_report,
+    _bench_run,
+    candidates,
+    tuning_table,
+)
+from triton_brn._bench_budget import Budget, Compiling
 from triton_brn._bench_cases import PRESETS, Case, default_cases, preset_shapes
 from triton_brn._bench_measure import Effort
 from triton_brn._bench_peers import OURS
 from triton_brn._bench_plans import plans_of
-from triton_brn._bench_run import Compiling, Measured, rows_of
+from triton_brn._bench_run import Measured, rows_of
 
 pytestmark = pytest.mark.usefixtures("eager")
 CPU = torch.device("cpu")
@@ -168,6 +177,23 @@ def test_compiling_ends_when_its_seconds_are_used_up():
     assert compiling.refusal == "not compiled: --compile-seconds 5 were used up"
 
 
+def test_a_budget_is_shared_by_what_is_left_to_measure(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(_bench_budget, "perf_counter", lambda: now[0])
+    budget = Budget(Effort(seconds=2, least=3), directions=4, seconds=10, compile_seconds=4)
+    assert budget.next_effort(1) == Effort(seconds=1.5, least=3)  # (10 - 4) / 4
+    now[0] += 1.5
+    assert budget.next_effort(3).seconds == pytest.approx(0.5)  # each of three timers
+    with budget.compiling.counted():
+        now[0] += 4  # as reserved, and what was measured took no time: the rest of 4.5 s is for two
+    assert budget.next_effort(1).seconds == pytest.approx(2)
+    now[0] += 60
+    assert budget.next_effort(1) == Effort(seconds=0, least=3)
+    assert (
+        Budget(Effort(seconds=2), directions=4, seconds=None, compile_seconds=4).next_effort(1).seconds == 2
+    )
+
+
 def test_rows_say_which_code_ran(monkeypatch):
     some = [
         _bench_peers.Peer(OURS, _bench_peers.batch_renorm),
@@ -177,7 +203,7 @@ def test_rows_say_which_code_ran(monkeypatch):
     monkeypatch.setattr(_bench_run, "copy_bandwidth", lambda device: 1.0)
     monkeypatch.setattr(_bench_run, "plans_of", lambda x, direction: [("cluster", "tuned")])
     bar = SimpleNamespace(set_postfix_str=lambda text: None, update=lambda: None)
-    rows = _bench_run.measure(SMALL, ["both"], CPU, SHORT, bar, Compiling(0))
+    rows = _bench_run.measure(SMALL, ["both"], CPU, Budget(SHORT, 1, None, 0), bar)
     assert [row.package for row in rows] == ["", f"pytest {pytest.__version__}"]
     assert {(row.strategy, row.planned_by) for row in rows} == {("cluster", "tuned")}
 

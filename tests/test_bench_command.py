@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 
 import pytest
 import torch
 from torch import nn
 
-from triton_brn import _bench_measure, _bench_models, _bench_peers, _bench_run, benchmark
+from triton_brn import _bench_budget, _bench_measure, _bench_models, _bench_peers, _bench_run, benchmark
 from triton_brn.__main__ import main
-from triton_brn._bench_cases import DIRECTIONS, RESNET50
+from triton_brn._bench_cases import DIRECTIONS, RESNET50, Case
 from triton_brn._bench_measure import Effort
 from triton_brn._bench_peers import OURS
 
@@ -86,6 +87,47 @@ def test_an_input_that_nobody_takes_is_reported(tmp_path, capsys):
     assert (tmp_path / "layers.csv").is_file()
 
 
+@pytest.mark.usefixtures("complete", "light")
+@pytest.mark.parametrize(("seconds", "least", "most"), [(5.0, 4.5, 5.5), (None, 8.5, 9.5)])
+def test_a_run_keeps_to_its_seconds(tmp_path, monkeypatch, seconds, least, most):
+    readings = itertools.count()
+
+    def now():  # each reading of the clock takes 10 ms
+        return next(readings) / 100
+
+    for module in (_bench_budget, _bench_measure):
+        monkeypatch.setattr(module, "perf_counter", now)
+    cases = [Case((4, 6)), Case((8, 6))]
+    benchmark.run_bench(
+        cases, directions=("forward", "both"), out=tmp_path, seconds=seconds, compile_seconds=0
+    )
+    assert least < now() < most  # unlimited: four times 2 s and a copy's second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], (150, 45)),
+        (["--preset", "default"], (150, 45)),
+        (["--quick"], (150, 0)),
+        (["--preset", "odd"], (None, 45)),
+        (["--shape", "4,5"], (None, 45)),
+        (["--shape", "4,5", "--seconds", "20"], (20, 6)),
+        (["--seconds", "300", "--compile-seconds", "100"], (300, 100)),
+    ],
+)
+def test_the_default_inputs_have_a_limit(monkeypatch, arguments, expected):
+    found = []
+    monkeypatch.setattr(benchmark, "EXTRAS", ())
+    monkeypatch.setattr(
+        benchmark,
+        "run_bench",
+        lambda cases, **options: found.append((options["seconds"], options["compile_seconds"])),
+    )
+    main(["bench", *arguments])
+    assert found == [expected]
+
+
 @pytest.mark.usefixtures("complete")
 def test_whole_models(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(_bench_models.DEPTHS, "resnet18", ((1,), False))
@@ -154,6 +196,14 @@ def test_a_missing_package_is_answered_with_the_command_that_installs_it(monkeyp
         (["--batch", "4"], "argument --batch: goes with --model or --preset resnet50, inception, odd"),
         (["--preset", "odd", "--batch", "0"], "argument --batch: expected at least 1, got 0"),
         (["--compile-seconds", "-1"], "argument --compile-seconds: expected at least 0, got -1"),
+        (["--seconds", "-1"], "argument --seconds: expected at least 0, got -1"),
+        (["--seconds", "nan"], "argument --seconds: expected at least 0, got nan"),
+        (["--seconds", "ten"], "argument --seconds: invalid float value: 'ten'"),
+        (
+            ["--seconds", "9", "--compile-seconds", "10"],
+            "argument --compile-seconds: expected at most --seconds 9, got 10",
+        ),
+        (["--model", "resnet18", "--seconds", "9"], "argument --seconds: not allowed with argument --model"),
         (["--device", "no"], "argument --device"),
         (["--device", "meta"], "argument --device: expected cpu or cuda, got meta"),
         (["--dtype", "int8"], "argument --dtype: invalid choice"),

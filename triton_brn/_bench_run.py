@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._bench_budget import Budget, Compiling
 from ._bench_cases import Case
 from ._bench_measure import (
     Call,
@@ -95,30 +95,6 @@ class Measured:
     packages: dict[str, str] = field(default_factory=dict)
 
 
-class Compiling:
-    """The seconds that torch.compile may take in all: it takes some for each input."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.spent = seconds, 0.0
-
-    @property
-    def refusal(self) -> str:
-        """Why nothing more is compiled; empty if it is."""
-        if not self.seconds:
-            return "not compiled: --compile-seconds 0"
-        if self.spent >= self.seconds:
-            return f"not compiled: --compile-seconds {self.seconds:g} were used up"
-        return ""
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        start = perf_counter()
-        try:
-            yield
-        finally:
-            self.spent += perf_counter() - start
-
-
 def contestants(
     case: Case, tensors: tuple[Tensor, Tensor], directions: Sequence[str], compiling: Compiling
 ) -> tuple[dict[str, tuple[Peer, nn.Module]], dict[str, str]]:
@@ -149,25 +125,20 @@ def short(error: Exception) -> str:
 
 
 def measure(
-    case: Case,
-    directions: Sequence[str],
-    device: torch.device,
-    effort: Effort,
-    bar: Any,
-    compiling: Compiling,
+    case: Case, directions: Sequence[str], device: torch.device, budget: Budget, bar: Any
 ) -> list[Row]:
     """All contestants on one input."""
     x, dy = tensors = case.tensors(device)
-    measure_how = measure_cuda if device.type == "cuda" else measure_cpu
+    measure_how, timers = (measure_cuda, 3) if device.type == "cuda" else (measure_cpu, 1)
     rows = []
-    if compiling.seconds:
+    if budget.compiling.seconds:
         torch._dynamo.reset()  # what was compiled for another input only lengthens its search
     with backward_can_be_repeated():
         bar.set_postfix_str(f"{case}: contestants")
-        layers, notes = contestants(case, tensors, directions, compiling)
+        layers, notes = contestants(case, tensors, directions, budget.compiling)
         for direction in directions:
             bar.set_postfix_str(f"{case}: {direction}")
-            measured = measure_how(layers, x, dy, direction, effort)
+            measured = measure_how(layers, x, dy, direction, budget.next_effort(timers))
             measured.notes = {**notes, **measured.notes}
             measured.packages = {name: peer.version for name, (peer, _) in layers.items()}
             plans = plans_of(x, direction)

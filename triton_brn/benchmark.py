@@ -18,6 +18,8 @@ from .validate import NAMED_DTYPES
 
 EXTRAS = ("matplotlib", "rich", "tqdm")
 MODELS = ("resnet18", "resnet50")
+#: Of a run of the default inputs, so that it is over in less than 3 minutes.
+SECONDS = 150.0
 COMPILE_SECONDS = 45.0
 
 
@@ -60,10 +62,16 @@ def add_command(commands: Any) -> None:
     add("--direction", choices=DIRECTIONS, nargs="+", help="(default: all; --quick: forward, both)")
     add("--quick", action="store_true", help="two inputs, short, nothing compiled")
     add(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="for the whole run, about (default: 150; no limit for --shape and --preset)",
+    )
+    add(
         "--compile-seconds",
         type=float,
         metavar="S",
-        help="for torch.compile at most (default: 45; --quick: 0)",
+        help="of these for torch.compile at most (default: 45, at most 0.3 of --seconds; --quick: 0)",
     )
     add("--device", help="(default: the GPU if there is one, else cpu)")
     add("--out", default="triton_brn_bench", help="folder of tables and figures (default: %(default)s)")
@@ -80,10 +88,12 @@ def command(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
         error(f"argument --batch: goes with --model or --preset {', '.join(ON_IMAGES)}")
     if args.shape and args.preset:
         error("argument --preset: not allowed with argument --shape")
-    if args.compile_seconds is not None and args.compile_seconds < 0:
-        error(f"argument --compile-seconds: expected at least 0, got {args.compile_seconds:g}")
+    for name in ("seconds", "compile_seconds"):
+        given = getattr(args, name)
+        if given is not None and not given >= 0:
+            error(f"argument --{name.replace('_', '-')}: expected at least 0, got {given:g}")
     if args.model:
-        for name in ("shape", "preset", "dtype", "direction", "compile_seconds"):
+        for name in ("shape", "preset", "dtype", "direction", "seconds", "compile_seconds"):
             if getattr(args, name) is not None:
                 error(f"argument --{name.replace('_', '-')}: not allowed with argument --model")
         from ._bench_models import run_model
@@ -98,9 +108,9 @@ def command(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
                 out=args.out,
             )
         return
-    seconds = args.compile_seconds
-    if seconds is None:
-        seconds = 0.0 if args.quick else COMPILE_SECONDS
+    seconds, compile_seconds = seconds_of(args)
+    if seconds is not None and compile_seconds > seconds:
+        error(f"argument --compile-seconds: expected at most --seconds {seconds:g}, got {compile_seconds:g}")
     directions = args.direction or (("forward", "both") if args.quick else DIRECTIONS)
     run_bench(
         cases_of(args, device, error),
@@ -108,8 +118,21 @@ def command(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
         device=device,
         out=args.out,
         quick=args.quick,
-        compile_seconds=seconds,
+        seconds=seconds,
+        compile_seconds=compile_seconds,
     )
+
+
+def seconds_of(args: argparse.Namespace) -> tuple[float | None, float]:
+    """For the whole run, None without a limit, and of these for torch.compile."""
+    seconds = args.seconds
+    if seconds is None and not args.shape and args.preset in (None, "default"):
+        seconds = SECONDS
+    if args.compile_seconds is not None:
+        return seconds, args.compile_seconds
+    if args.quick:
+        return seconds, 0.0
+    return seconds, COMPILE_SECONDS if seconds is None else min(COMPILE_SECONDS, 0.3 * seconds)
 
 
 def _device(name: str | None, error: Callable[[str], Any]) -> torch.device:
@@ -158,6 +181,7 @@ def run_bench(
     device: torch.device | str = "cpu",
     out: str | Path = "triton_brn_bench",
     quick: bool = False,
+    seconds: float | None = None,
     compile_seconds: float = COMPILE_SECONDS,
 ) -> list[Any]:
     """Measure, print a table and write layers.csv, layers.json and three figures to the folder ``out``.
@@ -168,7 +192,8 @@ def run_bench(
         device: a CPU or CUDA device.
         out: a folder, made where there is none.
         quick: fewer rounds.
-        compile_seconds: for torch.compile in all; what is left then is not compiled, and rows say so.
+        seconds: for all measurements, about: each takes a few rounds at least. None: no limit.
+        compile_seconds: of these for torch.compile; what is left then is not compiled, and rows say so.
 
     Returns:
         The rows, one for each contestant, direction and input; see ``_bench_run.Row``.
@@ -176,13 +201,15 @@ def run_bench(
     from tqdm import tqdm
 
     from . import _bench_plot as plot
+    from ._bench_budget import Budget
     from ._bench_measure import QUICK, Effort, copy_bandwidth
     from ._bench_report import print_tables, write
-    from ._bench_run import Compiling, measure
+    from ._bench_run import measure
 
     device = torch.empty(1, device=device).device  # with its index
     start = time.perf_counter()
-    effort, compiling = QUICK if quick else Effort(), Compiling(compile_seconds)
+    effort = QUICK if quick else Effort()
+    budget = Budget(effort, len(cases) * len(directions), seconds, compile_seconds)
     rows: list[Any] = []
     print(f"{len(cases)} inputs, {len(directions)} directions on {device}", file=sys.stderr)
     with _current(device), tqdm(total=len(cases) * len(directions), unit="direction", smoothing=0.1) as bar:
@@ -190,7 +217,7 @@ def run_bench(
         copy_bandwidth(device)
         try:
             for case in cases:
-                rows += measure(case, directions, device, effort, bar, compiling)
+                rows += measure(case, directions, device, budget, bar)
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
         except KeyboardInterrupt:
