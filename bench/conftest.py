@@ -1,38 +1,37 @@
-"""The table at the end of a run: what pytest-benchmark's own cannot say, ratios between the layers."""
+"""What is printed in the end: the tables of ``python -m triton_brn bench``, and whether targets hold."""
 
 from __future__ import annotations
-
-import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
 
-from triton_brn._bench_measure import cpu_model
+from triton_brn._bench_measure import stamp
+from triton_brn._bench_report import print_tables
+from triton_brn._bench_run import Row
 
-ROWS: list[str] = []
+ROWS: list[Row] = []
+LINES: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[Row]:
+    """What the tables are made of."""
+    return ROWS
 
 
 @pytest.fixture(scope="session")
 def table() -> list[str]:
-    """Lines that are printed when all benchmarks have run."""
-    return ROWS
+    """Lines that are printed below them."""
+    return LINES
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not ROWS:
-        return
-    terminalreporter.section("CPU: training step, forward + backward")
-    for line in (*ROWS, "", machine()):
-        terminalreporter.write_line(line)
-
-
-def machine() -> str:
-    """What the numbers belong to."""
-    versions = [f"Python {platform.python_version()}"]
-    for package in ("torch", "torchrl"):
-        try:
-            versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            versions.append(f"no {package}")
-    return f"{cpu_model()}, threads: {torch.get_num_threads()}; {', '.join(versions)}"
+    if ROWS:
+        terminalreporter.section("CPU")
+        print_tables(ROWS)
+    if LINES:
+        terminalreporter.section("Targets")
+        for line in LINES:
+            terminalreporter.write_line(line)
+        stamps = stamp(torch.device("cpu"))
+        terminalreporter.write_line(", ".join(f"{name} {value}" for name, value in stamps.items()))

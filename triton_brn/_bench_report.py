@@ -164,7 +164,8 @@ def heading(rows: Sequence[Row]) -> str:
     packages = dict.fromkeys(row.package for row in rows if row.package)
     lines = [
         f"triton_brn {row.triton_brn} on {row.device}",
-        ", ".join((f"torch {row.torch}, Triton {row.triton}, Python {row.python}", *packages)),
+        f"torch {row.torch}, Triton {row.triton}, Python {row.python}",
+        *([", ".join(packages)] if packages else []),
         f"ms: median by {'device events, L2 cold' if cuda else 'wall clock'}, and its quantiles.",
         f"GB/s: each tensor counted once; a copy reaches {number(row.copy_gbps)}.",
     ]

@@ -140,9 +140,7 @@ def measure(
             bar.set_postfix_str(f"{case}: {direction}")
             measured = measure_how(layers, x, dy, direction, budget.next_effort(timers))
             measured.notes = {**notes, **measured.notes}
-            measured.packages = {name: peer.version for name, (peer, _) in layers.items()}
-            plans = plans_of(x, direction)
-            rows += rows_of(case, direction, plans, measured, copy_bandwidth(device), stamp(device))
+            rows += stamped_rows(case, x, direction, layers, measured)
             bar.update()
     return rows
 
@@ -194,6 +192,13 @@ def measure_cuda(layers: Layers, x: Tensor, dy: Tensor, direction: str, effort: 
         launches={name: count for name, call in calls.items() if (count := launches(call))},
         notes=notes,
     )
+
+
+def stamped_rows(case: Case, x: Tensor, direction: str, layers: Layers, measured: Measured) -> list[Row]:
+    """Rows that say what ran, and where."""
+    measured.packages = {name: peer.version for name, (peer, _) in layers.items()}
+    plans = plans_of(x, direction)
+    return rows_of(case, direction, plans, measured, copy_bandwidth(x.device), stamp(x.device))
 
 
 def rows_of(
