@@ -33,11 +33,19 @@ from triton_brn._bench_run import Layers, Measured, Row, contestants, ready, sta
 
 CPU = torch.device("cpu")
 FIRST_STEPS = f"{OURS}, new"  # r = 1 and d = 0
-#: How many times the time of BatchNorm a training step of ours may take.
+
+
+class Target(NamedTuple):
+    """How many times the time of BatchNorm a training step of ours may take."""
+
+    at_most: float
+    calls: int  # in a block: the first of them finds its tensors where others have left the caches
+
+
 TARGETS = {
-    Case((32, 64, 56, 56)): 1.15,
-    Case((32, 64, 56, 56), layout="channels_last"): 1.15,
-    Case((256, 1024)): 1.35,
+    Case((32, 64, 56, 56)): Target(1.15, 1),
+    Case((32, 64, 56, 56), layout="channels_last"): Target(1.15, 1),
+    Case((256, 1024)): Target(1.35, 20),
 }
 MEDIAN = 1.1  # of all inputs
 SPEEDUP = 3.0  # over torchrl, wherever there is a target
@@ -87,16 +95,15 @@ def prepared(request: pytest.FixtureRequest) -> Prepared:
 def test_cpu(prepared: Prepared, direction: str, benchmark, rows: list[Row], table: list[str]) -> None:
     case, x, dy, layers, notes = prepared
     calls, failed = ready(layers, x, dy, direction)
-    clock = wall_clock(block_of(calls))
     times: Times = {name: [] for name in calls}
-    judged = case in TARGETS and direction == "both"
-    number = 40 if judged else rounds_within(1.0, calls)
+    target = TARGETS.get(case) if direction == "both" else None
+    block, number = (target.calls, 40) if target else (block_of(calls), rounds_within(1.0, calls))
     with no_garbage_collection():
-        benchmark.pedantic(one_round, args=(calls, times, clock), rounds=number)
+        benchmark.pedantic(one_round, args=(calls, times, wall_clock(block)), rounds=number)
     benchmark.extra_info["ms"] = {name: statistics.median(t) * 1e3 for name, t in times.items()}
     rows += stamped_rows(case, x, direction, layers, Measured(times=times, notes={**notes, **failed}))
-    if judged:
-        table.extend(verdicts(case, times))
+    if target:
+        table.extend(verdicts(case, times, target))
 
 
 def rounds_within(seconds: float, calls: dict[str, Call]) -> int:
@@ -106,13 +113,13 @@ def rounds_within(seconds: float, calls: dict[str, Call]) -> int:
     return max(5, min(40, int(seconds / (perf_counter() - start))))
 
 
-def verdicts(case: Case, times: Times) -> list[str]:
+def verdicts(case: Case, times: Times, target: Target) -> list[str]:
     """The targets of a training step, one line each."""
     lines = []
     for ours in (FIRST_STEPS, OURS):
         slower = ratio(times, ours, "BatchNorm")
-        target = TARGETS[case]
-        lines.append(f"{case}: {ours}: {slower:.2f} BatchNorm, at most {target}: {verdict(slower <= target)}")
+        held = verdict(slower <= target.at_most)
+        lines.append(f"{case}: {ours}: {slower:.2f} BatchNorm, at most {target.at_most}: {held}")
         if "torchrl" in times:
             faster = ratio(times, "torchrl", ours)
             held = verdict(faster >= SPEEDUP)
