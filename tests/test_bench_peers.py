@@ -6,7 +6,13 @@ import importlib.metadata
 
 import pytest
 import torch
-from reference import batch_renorm_reference
+from reference import (
+    assert_accurate,
+    batch_renorm_reference,
+    inference_reference,
+    inputs,
+    reference_gradients,
+)
 from torch import nn
 
 from triton_brn import _bench_peers
@@ -34,6 +40,37 @@ def test_layers_for_rows_get_the_maps_statistics():
     for form in (torch.contiguous_format, torch.channels_last):
         y = _bench_peers.OnRows(nn.BatchNorm1d(5))(x.contiguous(memory_format=form))
         torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("shape", [(4096, 9), (256, 9, 16), (16, 9, 16, 16)])
+def test_sb3_contrib_is_algorithm_1_but_for_the_unbiased_variance(shape):
+    """Its eps is also added elsewhere: after the division by r's square."""
+    peer = next(p for p in _bench_peers.peers("cpu") if p.name == "sb3-contrib")
+    if peer.missing:
+        pytest.skip(f"sb3-contrib: {peer.missing}")
+    case = inputs(shape, torch.float64)
+    layer = peer.make(shape, torch.device("cpu"), torch.float64)
+    with torch.no_grad():
+        for mine, value in (
+            ("ra_mean", case.running_mean),
+            ("ra_var", case.running_var),
+            ("scale", case.weight),
+            ("bias", case.bias),
+        ):
+            getattr(layer.layer, mine).copy_(value)
+    expected = inference_reference(*case.args)
+    with torch.no_grad():
+        assert_accurate(layer.eval()(case.x), expected)
+
+    x = case.x.requires_grad_()
+    y = layer.train()(x)
+    grads = torch.autograd.grad(y, [x, layer.layer.scale, layer.layer.bias], case.dy)
+    expected = batch_renorm_reference(*case.args, average="var")
+    assert_accurate(y, expected.y, 3e-4)
+    assert_accurate(layer.layer.ra_mean, expected.running_mean)
+    assert_accurate(layer.layer.ra_var, expected.running_var)
+    for grad, value in zip(grads, reference_gradients(case.dy, *case.args), strict=True):
+        assert_accurate(grad, value, 3e-4, scale=value.abs().max())
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -96,10 +96,11 @@ def _torchrl(shape: Sequence[int]) -> nn.Module:
 
 
 def _sb3_contrib(shape: Sequence[int]) -> nn.Module:
-    # Its statistics are those of axis 0 alone. It corrects once steps > warmup_steps.
+    # Its statistics are those of axis 0 alone. It corrects once steps > warmup_steps. Its variance is the
+    # unbiased one, also where it normalises, and eps, 1e-3 unless given, is added after the division by r.
     from sb3_contrib.common.torch_layers import BatchRenorm1d as SB3
 
-    return OnRows(SB3(shape[1], warmup_steps=-1))
+    return OnRows(SB3(shape[1], eps=1e-5, warmup_steps=-1))
 
 
 @dataclass(frozen=True)
