@@ -1,12 +1,12 @@
 """Compile the kernels for GPUs that need not be there, and report what the compilers made of them.
 
-    python bench/compile_report.py [--targets sm_90,gfx942] [--dtypes bf16,fp32] [--out report.csv]
+    python bench/compile_report.py [--targets sm_90,gfx942] [--dtypes bf16,fp32] [--out FILE]
 
 One row a launch, for every strategy that the planner has for each of a list of shapes: registers, spills
 (local memory instructions in SASS, spill counts in AMD assembly), shared memory, programs that share a
-multiprocessor, the widest global load, instructions per element, seconds. Exits with 1 on a spill, where an
-aligned tensor is not read 16 bytes at a time, or where fewer programs that wait would run at the same time
-than the plan counts on.
+multiprocessor, the widest global load and store, instructions per element, seconds. Exits with 1 on a
+spill, where an aligned tensor is not read and written 16 bytes at a time, or where fewer programs that wait
+would run at the same time than the plan counts on.
 """
 
 from __future__ import annotations
@@ -16,30 +16,27 @@ import csv
 import dataclasses
 import itertools
 import multiprocessing
-import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import triton
+from compile_facts import MULTIPROCESSORS, Facts, amd_facts, nvidia_facts, programs_at_once
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton_brn.kernels.backward import backward_kernel
 from triton_brn.kernels.forward import forward_kernel
 from triton_brn.kernels.inference import inference_kernel
 
-from triton_brn import planner
+from triton_brn import candidates
 from triton_brn.planner import Device, Plan
 from triton_brn.validate import NAMED_DTYPES
 from triton_brn.views import View
 
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950")
+TARGETS = tuple(MULTIPROCESSORS)
 #: Every shape of tile, every strategy, every size of tile that the planner's limits allow.
 VIEWS = (
     View(32, 64, 3136),  # aligned
@@ -81,6 +78,20 @@ class Launch:
     plan: Plan
     flags: dict[str, bool]
     signature: dict[str, Any]
+    unaligned: tuple[str, ...] = ()  # arguments whose pointers are no multiples of 16
+
+    @property
+    def reads(self) -> int:
+        """How often each element of a tile is loaded in the code."""
+        if self.flags.get("KEEP"):
+            return 1
+        first = 2 if self.flags.get("STATISTICS") else 0  # the pivot's tile, and the others'
+        return first + self.flags.get("SUMS", False) + self.writes
+
+    @property
+    def writes(self) -> int:
+        """How often it is stored."""
+        return int(self.flags.get("APPLY", True))
 
 
 @dataclass(frozen=True)
@@ -98,8 +109,9 @@ class Row:
     registers: int
     spills: int
     shared: int  # bytes
-    programs: int  # that share a multiprocessor, by their registers
+    programs: int  # that share a multiprocessor
     load: int  # bytes of the widest global load
+    store: int  # and of the widest global store
     instructions: float  # in the code, per element of a thread's part of the tile
     seconds: float
     wrong: str
@@ -109,7 +121,8 @@ def device(target: str) -> Device:
     """A device of this kind, of the size of a large one."""
     nvidia = target.startswith("sm_")
     capability = int(target[3:]) if nvidia else 0
-    return Device(target, 132, capability, TRITON, warp=32 if nvidia else 64, l2=50 << 20)
+    sm = MULTIPROCESSORS[target]
+    return Device(target, 132, capability, TRITON, shared=sm.shared - sm.reserved, warp=sm.warp, l2=50 << 20)
 
 
 def launches(view: View, dtype: str, gpu: Device) -> Iterator[Launch]:
@@ -124,8 +137,9 @@ def launches(view: View, dtype: str, gpu: Device) -> Iterator[Launch]:
     }
     names = {"forward": "STATISTICS", "backward": "SUMS"}
     kernels = {"forward": forward_kernel, "backward": backward_kernel}
+    call = (view, NAMED_DTYPES[dtype].itemsize, gpu)
     for direction, kernel in kernels.items():
-        for how in plans(direction, view, NAMED_DTYPES[dtype].itemsize, gpu):
+        for how in candidates.strategies(direction, *call):
             exchange = stat if how.split else "constexpr"
             workspace = (exchange, exchange, "*i32")
             signature = {**signatures[direction], "workspace": workspace, **SIZES}
@@ -134,36 +148,30 @@ def launches(view: View, dtype: str, gpu: Device) -> Iterator[Launch]:
             for sums, apply in ((True, False), (False, True)) if split else ((True, True),):
                 flags = {names[direction]: sums, "APPLY": apply, "KEEP": how.kept, "SPLIT": how.split}
                 yield Launch(kernel, how, {**kind, **flags}, signature)
-    how = planner.plan("inference", view, NAMED_DTYPES[dtype].itemsize, gpu)
     pair = (stat, stat)
     signature = {"x": x, "y": x, "affine": pair, "running": pair, "saved": stat, **SIZES, "eps": NUMBER}
-    yield Launch(inference_kernel, how, {"SAVE": True}, signature)
-
-
-def plans(direction: str, view: View, itemsize: int, gpu: Device) -> Iterator[Plan]:
-    """Every strategy's plan, where it has one."""
-    for strategy in planner.STRATEGIES:
-        with planner.forced_strategy(strategy):
-            try:
-                yield planner.plan(direction, view, itemsize, gpu)
-            except ValueError:
-                continue
+    for how in candidates.strategies("inference", *call):
+        yield Launch(inference_kernel, how, {"SAVE": True}, signature)
 
 
 def row_of(target: str, dtype: str, view: View, launch: Launch) -> Row:
     """Compile a launch, and say what is wrong with it."""
-    how, nvidia = launch.plan, target.startswith("sm_")
+    how, gpu = launch.plan, device(target)
     facts = compiled(target, launch)
-    programs = device(target).co_resident(how.num_warps, facts.registers) // device(target).sms
-    per_thread = how.tile.elements / (how.num_ctas * how.num_warps * (32 if nvidia else 64))
+    programs = programs_at_once(target, how.num_warps, facts)
+    per_thread = how.tile.elements / (how.num_ctas * how.num_warps * gpu.warp)
+    accesses, wide = per_thread / how.tile.vec, how.tile.vec * NAMED_DTYPES[dtype].itemsize
+    # The tile's own. Edges come on top: they are stored by single elements, see kernels/tile.py.
+    loads, stores = (sum(n >= wide for n in widths) for widths in (facts.loads, facts.stores))
     tensors = 2 if launch.flags.get("TRAINING") else 1
-    wide = sum(n >= how.tile.vec * NAMED_DTYPES[dtype].itemsize for n in facts.loads)
     wrong = []
     if facts.spills:
         wrong.append("spills")
-    if wide < tensors * per_thread / how.tile.vec:
+    if loads < tensors * launch.reads * accesses or stores < launch.writes * accesses:
         wrong.append("narrow")
-    if how.waits and nvidia and how.slots * how.splits > programs * device(target).sms:
+    # What runs at the same time, and what a call would count on when it has compiled.
+    at_once = min(programs * gpu.sms, gpu.co_resident(how.num_warps, facts.registers, facts.shared))
+    if how.waits and gpu.capability and how.slots * how.splits > at_once:
         wrong.append("does not fit")
     return Row(
         target,
@@ -172,29 +180,25 @@ def row_of(target: str, dtype: str, view: View, launch: Launch) -> Row:
         launch.kernel.__name__.removesuffix("_kernel"),
         "+".join(n for n in ("STATISTICS", "SUMS", "APPLY") if launch.flags.get(n)),
         how.strategy,
-        f"{how.tile.block}x{how.tile.width}" + (f" /{how.num_ctas}" if how.num_ctas > 1 else ""),
+        tile_of(how),
         how.num_warps,
         facts.registers,
         facts.spills,
         facts.shared,
         programs,
         max(facts.loads, default=0),
+        max(facts.stores, default=0),
         round(facts.instructions / per_thread, 1),
         round(facts.seconds, 2),
         ", ".join(wrong),
     )
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What the compilers made of a launch."""
-
-    registers: int
-    spills: int
-    loads: list[int]  # bytes of each global load in the code
-    instructions: int  # in the code
-    shared: int = 0
-    seconds: float = 0.0
+def tile_of(how: Plan) -> str:
+    """A plan's tile, the programs of a cluster that share it, the tiles that are on their way at a time."""
+    shared = f" /{how.num_ctas}" if how.num_ctas > 1 else ""
+    staged = f" *{how.tile.stages}" if how.tile.stages > 1 else ""
+    return f"{how.tile.block}x{how.tile.width}{shared}{staged}"
 
 
 _compiled: dict[str, Facts] = {}
@@ -205,7 +209,8 @@ def compiled(target: str, launch: Launch) -> Facts:
     launches differ in their grids alone."""
     how, names, nvidia = launch.plan, launch.kernel.arg_names, target.startswith("sm_")
     options = how.options(device(target))
-    key = repr((target, launch.kernel.__name__, launch.flags, launch.signature, how.tile, options))
+    what = (launch.kernel.__name__, launch.flags, launch.signature, launch.unaligned)
+    key = repr((target, *what, how.tile, options))
     if key in _compiled:
         return _compiled[key]
     signature = {name: launch.signature.get(name, "constexpr") for name in names}
@@ -213,7 +218,7 @@ def compiled(target: str, launch: Launch) -> Facts:
     attrs: dict[Any, Any] = {}
     for i, name in enumerate(names):
         for path, kind in leaves(signature[name], (i,)):
-            if kind.startswith("*"):
+            if kind.startswith("*") and name not in launch.unaligned:
                 attrs[path] = [["tt.divisibility", 16]]
             elif kind == "constexpr" and len(path) > 1:
                 constexprs[path] = None
@@ -235,48 +240,20 @@ def leaves(kind: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], 
         yield path, kind
 
 
-def nvidia_facts(asm: dict[str, Any]) -> Facts:
-    """From the PTX and the SASS; a spill is an instruction on local memory."""
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        usage = run(tools / "cuobjdump", "-res-usage", file.name)
-        sass = run(tools / "nvdisasm", "-c", file.name)
-    bits = re.findall(r"ld\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bfu](\d+)", asm["ptx"])
-    return Facts(
-        registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        loads=[int(b) * int(v or 1) // 8 for v, b in bits],
-        instructions=len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+\S", sass)),
-    )
-
-
-def amd_facts(asm: dict[str, Any]) -> Facts:
-    """From the assembly; a spill is a register's."""
-    # Of scalar registers, some are kept in lanes of vector registers: no memory is touched, none is counted.
-    text = asm["amdgcn"]
-    loads = re.findall(r"(?:global|buffer)_load_(u?short|dword(?:x\d)?)", text)
-    return Facts(
-        registers=int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[-1]),
-        spills=sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)),
-        loads=[2 if "short" in kind else 4 * int(kind[6:] or 1) for kind in loads],
-        instructions=len(re.findall(r"^\t[vsgb]\w+_\w+", text, re.M)),
-    )
-
-
-def run(*command: Any) -> str:
-    """Standard output of a command."""
-    return subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
-
-
 def report(target: str, dtype: str) -> list[Row]:
     """Compile everything for one target and dtype."""
-    gpu = device(target)
-    return [row_of(target, dtype, view, launch) for view in VIEWS for launch in launches(view, dtype, gpu)]
+    every = ((view, launches(view, dtype, device(target))) for view in VIEWS)
+    return [row_of(target, dtype, view, launch) for view, some in every for launch in some]
 
 
-def main() -> int:
+def reports(targets: list[str], dtypes: list[str]) -> Iterator[list[Row]]:
+    """The reports of all targets and dtypes, several at a time."""
+    pairs = [*zip(*itertools.product(targets, dtypes), strict=True)]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(report, *pairs)
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Print a row a launch; the exit status says whether all are as they should be."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -284,18 +261,15 @@ def main() -> int:
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated, default: %(default)s")
     parser.add_argument("--dtypes", default="bf16,fp32", help="comma-separated, default: %(default)s")
     parser.add_argument("--out", help="a CSV file of the rows")
-    args = parser.parse_args()
-    line = "{:8}{:6}{:18}{:11}{:17}{:13}{:>14}{:>6}{:>10}{:>7}{:>7}{:>9}{:>5}{:>13}{:>8}  {}".format
+    args = parser.parse_args(arguments)
+    line = "{:8}{:6}{:18}{:11}{:17}{:13}{:>14}{:>6}{:>10}{:>7}{:>7}{:>9}{:>5}{:>6}{:>13}{:>8}  {}".format
     fields = [field.name for field in dataclasses.fields(Row)]
     print(line(*fields), flush=True)
     rows = []
-    targets, dtypes = args.targets.split(","), args.dtypes.split(",")
-    pairs = [*zip(*itertools.product(targets, dtypes), strict=True)]
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        for part in pool.map(report, *pairs):
-            for row in part:
-                rows.append(dataclasses.astuple(row))
-                print(line(*rows[-1]), flush=True)
+    for part in reports(args.targets.split(","), args.dtypes.split(",")):
+        for row in part:
+            rows.append(dataclasses.astuple(row))
+            print(line(*rows[-1]), flush=True)
     if args.out:
         with open(args.out, "w", newline="") as file:
             csv.writer(file).writerows([fields, *rows])
