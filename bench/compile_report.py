@@ -1,12 +1,13 @@
 """Compile the kernels for GPUs that need not be there, and report what the compilers made of them.
 
-    python bench/compile_report.py [--targets sm_90,gfx942] [--dtypes bf16,fp32] [--out FILE]
+    python bench/compile_report.py [--targets sm_90,gfx942] [--dtypes bf16,fp32] [--candidates] [--out FILE]
 
 One row a launch, for every strategy that the planner has for each of a list of shapes: registers, spills
 (local memory instructions in SASS, spill counts in AMD assembly), shared memory, programs that share a
 multiprocessor, the widest global load and store, instructions per element, seconds. Exits with 1 on a
 spill, where an aligned tensor is not read and written 16 bytes at a time, or where fewer programs that wait
-would run at the same time than the plan counts on.
+would run at the same time than the plan counts on. --candidates adds the neighbours of each plan, which
+tuning tries: for those a spill is no failure, since tuning refuses them.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ class Launch:
     plan: Plan
     flags: dict[str, bool]
     signature: dict[str, Any]
+    candidate: bool  # of tuning; else the planner's
     unaligned: tuple[str, ...] = ()  # arguments whose pointers are no multiples of 16
 
     @property
@@ -104,6 +106,7 @@ class Row:
     kernel: str
     phases: str
     strategy: str
+    by: str
     tile: str
     warps: int
     registers: int
@@ -125,8 +128,8 @@ def device(target: str) -> Device:
     return Device(target, 132, capability, TRITON, shared=sm.shared - sm.reserved, warp=sm.warp, l2=50 << 20)
 
 
-def launches(view: View, dtype: str, gpu: Device) -> Iterator[Launch]:
-    """Every launch of every plan for training and inference."""
+def launches(view: View, dtype: str, gpu: Device, tuning: bool = False) -> Iterator[Launch]:
+    """Every launch of every plan for training and inference; with ``tuning``, of their neighbours too."""
     x, stat = f"*{dtype}", "*fp64" if dtype == "fp64" else "*fp32"
     signatures: dict[str, dict[str, Any]] = {
         "forward": {
@@ -139,7 +142,7 @@ def launches(view: View, dtype: str, gpu: Device) -> Iterator[Launch]:
     kernels = {"forward": forward_kernel, "backward": backward_kernel}
     call = (view, NAMED_DTYPES[dtype].itemsize, gpu)
     for direction, kernel in kernels.items():
-        for how in candidates.strategies(direction, *call):
+        for how, candidate in plans(direction, *call, tuning):
             exchange = stat if how.split else "constexpr"
             workspace = (exchange, exchange, "*i32")
             signature = {**signatures[direction], "workspace": workspace, **SIZES}
@@ -147,11 +150,22 @@ def launches(view: View, dtype: str, gpu: Device) -> Iterator[Launch]:
             split = how.strategy == "two_launch"
             for sums, apply in ((True, False), (False, True)) if split else ((True, True),):
                 flags = {names[direction]: sums, "APPLY": apply, "KEEP": how.kept, "SPLIT": how.split}
-                yield Launch(kernel, how, {**kind, **flags}, signature)
+                yield Launch(kernel, how, {**kind, **flags}, signature, candidate)
     pair = (stat, stat)
     signature = {"x": x, "y": x, "affine": pair, "running": pair, "saved": stat, **SIZES, "eps": NUMBER}
-    for how in candidates.strategies("inference", *call):
-        yield Launch(inference_kernel, how, {"SAVE": True}, signature)
+    for how, candidate in plans("inference", *call, tuning):
+        yield Launch(inference_kernel, how, {"SAVE": True}, signature, candidate)
+
+
+def plans(
+    direction: str, view: View, itemsize: int, gpu: Device, tuning: bool
+) -> Iterator[tuple[Plan, bool]]:
+    """Every strategy's plan, where it has one; with ``tuning``, then their neighbours, marked True."""
+    found = candidates.strategies(direction, view, itemsize, gpu)
+    yield from ((plan, False) for plan in found)
+    if tuning:
+        near = (candidates.neighbours(plan, direction, view, itemsize, gpu) for plan in found)
+        yield from ((plan, True) for plan in dict.fromkeys(itertools.chain(*near)) if plan not in found)
 
 
 def row_of(target: str, dtype: str, view: View, launch: Launch) -> Row:
@@ -165,7 +179,7 @@ def row_of(target: str, dtype: str, view: View, launch: Launch) -> Row:
     loads, stores = (sum(n >= wide for n in widths) for widths in (facts.loads, facts.stores))
     tensors = 2 if launch.flags.get("TRAINING") else 1
     wrong = []
-    if facts.spills:
+    if facts.spills and not launch.candidate:  # tuning refuses it
         wrong.append("spills")
     if loads < tensors * launch.reads * accesses or stores < launch.writes * accesses:
         wrong.append("narrow")
@@ -180,6 +194,7 @@ def row_of(target: str, dtype: str, view: View, launch: Launch) -> Row:
         launch.kernel.__name__.removesuffix("_kernel"),
         "+".join(n for n in ("STATISTICS", "SUMS", "APPLY") if launch.flags.get(n)),
         how.strategy,
+        "tuning" if launch.candidate else "plan",
         tile_of(how),
         how.num_warps,
         facts.registers,
@@ -240,15 +255,15 @@ def leaves(kind: Any, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], 
         yield path, kind
 
 
-def report(target: str, dtype: str) -> list[Row]:
+def report(target: str, dtype: str, tuning: bool) -> list[Row]:
     """Compile everything for one target and dtype."""
-    every = ((view, launches(view, dtype, device(target))) for view in VIEWS)
+    every = ((view, launches(view, dtype, device(target), tuning)) for view in VIEWS)
     return [row_of(target, dtype, view, launch) for view, some in every for launch in some]
 
 
-def reports(targets: list[str], dtypes: list[str]) -> Iterator[list[Row]]:
+def reports(targets: list[str], dtypes: list[str], tuning: bool) -> Iterator[list[Row]]:
     """The reports of all targets and dtypes, several at a time."""
-    pairs = [*zip(*itertools.product(targets, dtypes), strict=True)]
+    pairs = [*zip(*itertools.product(targets, dtypes, [tuning]), strict=True)]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(report, *pairs)
 
@@ -260,13 +275,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated, default: %(default)s")
     parser.add_argument("--dtypes", default="bf16,fp32", help="comma-separated, default: %(default)s")
+    parser.add_argument("--candidates", action="store_true", help="also what tuning would try")
     parser.add_argument("--out", help="a CSV file of the rows")
     args = parser.parse_args(arguments)
-    line = "{:8}{:6}{:18}{:11}{:17}{:13}{:>14}{:>6}{:>10}{:>7}{:>7}{:>9}{:>5}{:>6}{:>13}{:>8}  {}".format
+    line = "{:8}{:6}{:18}{:11}{:17}{:13}{:8}{:>14}{:>6}{:>10}{:>7}{:>7}{:>9}{:>5}{:>6}{:>13}{:>8}  {}".format
     fields = [field.name for field in dataclasses.fields(Row)]
     print(line(*fields), flush=True)
     rows = []
-    for part in reports(args.targets.split(","), args.dtypes.split(",")):
+    for part in reports(args.targets.split(","), args.dtypes.split(","), args.candidates):
         for row in part:
             rows.append(dataclasses.astuple(row))
             print(line(*rows[-1]), flush=True)
