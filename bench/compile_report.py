@@ -91,6 +91,11 @@ class Launch:
         return first + self.flags.get("SUMS", False) + self.writes
 
     @property
+    def edge_reads(self) -> int:
+        """How often each element of the edges is loaded."""
+        return 1 if self.flags.get("KEEP") else min(self.reads, self.writes + 1)
+
+    @property
     def writes(self) -> int:
         """How often it is stored."""
         return int(self.flags.get("APPLY", True))
@@ -173,15 +178,12 @@ def row_of(target: str, dtype: str, view: View, launch: Launch) -> Row:
     how, gpu = launch.plan, device(target)
     facts = compiled(target, launch)
     programs = programs_at_once(target, how.num_warps, facts)
-    per_thread = how.tile.elements / (how.num_ctas * how.num_warps * gpu.warp)
-    accesses, wide = per_thread / how.tile.vec, how.tile.vec * NAMED_DTYPES[dtype].itemsize
-    # The tile's own. Edges come on top: they are stored by single elements, see kernels/tile.py.
-    loads, stores = (sum(n >= wide for n in widths) for widths in (facts.loads, facts.stores))
-    tensors = 2 if launch.flags.get("TRAINING") else 1
+    threads = how.num_ctas * how.num_warps * gpu.warp
+    per_thread = how.tile.elements / threads
     wrong = []
     if facts.spills and not launch.candidate:  # tuning refuses it
         wrong.append("spills")
-    if loads < tensors * launch.reads * accesses or stores < launch.writes * accesses:
+    if narrow(launch, facts, threads, NAMED_DTYPES[dtype].itemsize):
         wrong.append("narrow")
     # What runs at the same time, and what a call would count on when it has compiled.
     at_once = min(programs * gpu.sms, gpu.co_resident(how.num_warps, facts.registers, facts.shared))
@@ -207,6 +209,20 @@ def row_of(target: str, dtype: str, view: View, launch: Launch) -> Row:
         round(facts.seconds, 2),
         ", ".join(wrong),
     )
+
+
+def narrow(launch: Launch, facts: Facts, threads: int, itemsize: int) -> bool:
+    """Whether fewer accesses are as wide as the tile's vectors than a thread's part of the tile takes."""
+    tile, tensors = launch.plan.tile, 2 if launch.flags.get("TRAINING") else 1
+    accesses = tile.elements / threads / tile.vec
+    loads, stores = (sum(n >= tile.vec * itemsize for n in w) for w in (facts.loads, facts.stores))
+    if loads < tensors * launch.reads * accesses or stores < launch.writes * accesses:
+        return True
+    # Edges are loaded by vectors too, shorter ones where a thread has fewer; stored by single elements.
+    edges = tile.segments * 2 * tile.lead / threads
+    vec = max(1, min(tile.vec, edges))
+    loads = sum(n >= vec * itemsize for n in facts.loads)
+    return loads < tensors * (launch.reads * accesses + launch.edge_reads * int(edges / vec))
 
 
 def tile_of(how: Plan) -> str:
