@@ -224,7 +224,8 @@ def test_a_tuned_plan_and_a_retreat_are_told_from_the_planners(monkeypatch, requ
     call = launch.prepared("forward", x, torch.float32)[1]
     call.retreat(x, torch.float32)
     assert plans_of(x, "both") == [("two_launch", "retreat"), ("resident", "planner")]
-    entry = tuning_table.Entry(candidates.choice_of(call.plan), us=1, default_us=2, finished=True)
+    view = launch.view_of(x.shape, x.stride())
+    entry = tuning_table.Entry(candidates.choice_of(call.plan), 1.0, 2.0, True, view)
     monkeypatch.setattr(tuning_table, "look_up", lambda name, key: entry)
     launch.forget_calls()
     assert plans_of(x, "forward") == [("two_launch", "tuned")]

@@ -262,8 +262,10 @@ class _Call:
         near = [way for way in ways if work[way] <= 1.1 * min(work.values())]
         slots, splits = max(near, key=lambda way: (way[0] * way[1], -work[way]))
         if self.quick_dram and self.tile.shape == "rows":  # a full tile of half the size, not one half empty
-            more = -(self.total // -(power_of_two(-(self.total // -splits)) // 2))
-            splits = more if splits < more <= min(MORE_SPLITS * splits, at_once // slots) else splits
+            half = self.kept(max(1, power_of_two(-(self.total // -splits)) // 2))
+            more = -(self.total // -half.block)
+            room = self.device.co_resident(min(WARPS, self.warps(half, waits=True)), KEPT_REGISTERS) // slots
+            splits = more if splits < more <= min(MORE_SPLITS * splits, room) else splits
         tile = self.kept(min(block, power_of_two(-(self.total // -splits))))
         warps = min(WARPS, self.warps(tile, waits=True))
         return Plan("cooperative", tile, n, slots, splits, warps, KEPT_REGISTERS)
