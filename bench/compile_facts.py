@@ -11,7 +11,7 @@ from typing import Any
 
 import triton
 
-from triton_brn.planner import SHARED_RESERVED
+from triton_brn.plans import SHARED_RESERVED
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from triton_brn.kernels.forward import forward_kernel
 from triton_brn.kernels.inference import inference_kernel
 
 from triton_brn import candidates
-from triton_brn.planner import Device, Plan
+from triton_brn.plans import Device, Plan
 from triton_brn.validate import NAMED_DTYPES
 from triton_brn.views import View
 

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from triton_brn import backend, batch_renorm
 from triton_brn._bench_measure import Times, one_round, ratio, wall_clock
-from triton_brn.planner import Device, plan
+from triton_brn.planner import plan
+from triton_brn.plans import Device
 
 launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
 

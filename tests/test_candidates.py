@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from triton_brn import candidates, planner, views
-from triton_brn.planner import Device
+from triton_brn import candidates, plans, views
+from triton_brn.plans import Device
 from triton_brn.views import View
 
 DEVICES = (
@@ -50,11 +50,11 @@ def test_tiles_on_their_way_fit_in_shared_memory() -> None:
         assert (candidates.planned(choice, "backward", view, 2, device) is not None) == fits
 
 
-def runs_at_once(plan: planner.Plan, device: Device) -> bool:
+def runs_at_once(plan: plans.Plan, device: Device) -> bool:
     return plan.slots * plan.splits <= device.co_resident(plan.num_warps, plan.registers)
 
 
-def check_plan(plan: planner.Plan, view: View, device: Device) -> None:
+def check_plan(plan: plans.Plan, view: View, device: Device) -> None:
     total = views.length(view, plan.tile)
     per_split = -(-total // plan.splits)
     per_split = -(-per_split // plan.tile.grain) * plan.tile.grain

@@ -27,7 +27,7 @@ from reference import (
 )
 from torch import Tensor
 
-from triton_brn import Ramp, batch_renorm, forced_strategy, planner, views
+from triton_brn import Ramp, batch_renorm, forced_strategy, planner, plans, views
 
 launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
 
@@ -36,7 +36,7 @@ NOT_HERE = {  # strategies, and why this device has none of them
     **({} if GPU.clusters else {"cluster": "no clusters on this device, or with this Triton"}),
     **({} if GPU.waits else dict.fromkeys(("cooperative", "blocked"), "programs run one after another")),
 }
-STRATEGIES = [strategy for strategy in planner.STRATEGIES if strategy not in NOT_HERE]
+STRATEGIES = [strategy for strategy in plans.STRATEGIES if strategy not in NOT_HERE]
 EVERYWHERE = [strategy for strategy in STRATEGIES if strategy != "cluster"]  # for channels of any size
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = (
@@ -128,7 +128,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("strategy", planner.STRATEGIES)
+@pytest.mark.parametrize("strategy", plans.STRATEGIES)
 def test_strategies_are_tested(strategy: str) -> None:
     if strategy in NOT_HERE:
         pytest.skip(f"{strategy}: {NOT_HERE[strategy]}")
@@ -266,10 +266,10 @@ def test_launches(layout: str, device, launched: list[str]) -> None:
 
 
 @pytest.fixture
-def replanned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., planner.Plan]], None]:
+def replanned(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., plans.Plan]], None]:
     """Has every plan changed by a function of it and the view."""
 
-    def use(change: Callable[..., planner.Plan]) -> None:
+    def use(change: Callable[..., plans.Plan]) -> None:
         original = planner.plan
         monkeypatch.setattr(planner, "plan", lambda *args: change(original(*args), args[1]))
         monkeypatch.setattr(launch, "_calls", {})
@@ -291,7 +291,7 @@ def test_int64_offsets(strategy: str, layout: str, device, replanned) -> None:
 def test_tiles_that_are_on_their_way(strategy: str, stages: int, shape, device, replanned) -> None:
     """Loops that load tiles ahead, as tuning tries them; the interpreter has no notion of it."""
 
-    def ahead(how: planner.Plan, view: views.View) -> planner.Plan:
+    def ahead(how: plans.Plan, view: views.View) -> plans.Plan:
         total = views.length(view, how.tile)
         splits = views.whole_splits(total, 2, how.tile.grain)
         assert total > 2 * splits * how.tile.block, "loops of two tiles at least"

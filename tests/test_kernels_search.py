@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from triton_brn import planner
+from triton_brn import planner, plans
 
 launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
 from triton_brn import search  # noqa: E402
@@ -61,7 +61,7 @@ def test_a_plan_that_spills_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planner.plan(*scratch.call)
     given = scratch.given
 
-    def spilling(plan: planner.Plan, direction: str) -> launch.Call:
+    def spilling(plan: plans.Plan, direction: str) -> launch.Call:
         call = given(plan, direction)
         call.spills = 3
         return call

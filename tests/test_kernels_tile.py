@@ -7,7 +7,7 @@ import torch
 from conftest import DEVICE
 
 from triton_brn import planner
-from triton_brn.planner import Device
+from triton_brn.plans import Device
 from triton_brn.views import View, length
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")

@@ -15,7 +15,7 @@ import torch
 from reference import inputs
 from test_kernels import check
 
-from triton_brn import planner, views
+from triton_brn import planner, plans, views
 
 launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
 from triton_brn import search  # noqa: E402
@@ -61,7 +61,7 @@ def launches(request: pytest.FixtureRequest) -> list[Any]:
         pytest.skip("needs an emulator that counts what a kernel moves")
 
 
-def plan_of(direction: str, x: torch.Tensor) -> planner.Plan:
+def plan_of(direction: str, x: torch.Tensor) -> plans.Plan:
     view = views.view_of(x.shape, x.stride())
     return planner.plan(direction, view, x.element_size(), launch.device_of(x))
 

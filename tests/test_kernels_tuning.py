@@ -11,9 +11,9 @@ import torch
 from conftest import DEVICE
 
 import triton_brn
-from triton_brn import BatchRenorm2d, candidates, planner, tuning_table, views
+from triton_brn import BatchRenorm2d, candidates, planner, plans, tuning_table, views
 from triton_brn.info import info
-from triton_brn.planner import Device
+from triton_brn.plans import Device
 from triton_brn.views import View
 
 launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
@@ -32,11 +32,11 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def faked(monkeypatch: pytest.MonkeyPatch) -> list[planner.Plan]:
+def faked(monkeypatch: pytest.MonkeyPatch) -> list[plans.Plan]:
     """Plans in the order in which they are timed. More warps are said to be faster, and nothing runs."""
-    timed: list[planner.Plan] = []
+    timed: list[plans.Plan] = []
 
-    def time(self: search.Scratch, plan: planner.Plan) -> float:
+    def time(self: search.Scratch, plan: plans.Plan) -> float:
         timed.append(plan)
         return 100.0 / plan.num_warps
 
@@ -138,7 +138,7 @@ def test_what_was_tried_is_not_tried_again(faked: list, monkeypatch: pytest.Monk
     forget_tables()
     clock = itertools.count()
     monkeypatch.setattr(search.time, "monotonic", lambda: float(next(clock)))
-    timed: list[planner.Plan] = []
+    timed: list[plans.Plan] = []
     for _ in range(len(order)):
         faked.clear()
         (result,) = triton_brn.tune([SHAPE], device=DEVICE, directions=["forward"], budget=3)
@@ -189,7 +189,7 @@ def test_a_models_inputs_are_cloned_and_its_forward_tunes_nothing(
 def test_a_plan_that_fails_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     default = planner.plan("forward", View(4, 3, 30), 4, device())
 
-    def time(self: search.Scratch, plan: planner.Plan) -> float:
+    def time(self: search.Scratch, plan: plans.Plan) -> float:
         if plan != default:
             raise RuntimeError("out of resources")
         return 1.0
@@ -202,7 +202,7 @@ def test_a_plan_that_fails_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_default_that_does_not_fit_retreats_as_a_call_does(faked: list, monkeypatch) -> None:
     fake = search.Scratch.time
 
-    def time(self: search.Scratch, plan: planner.Plan) -> float:
+    def time(self: search.Scratch, plan: plans.Plan) -> float:
         if plan.strategy != "two_launch":
             raise launch.DoesNotFit("too many programs")
         return fake(self, plan)
@@ -214,7 +214,7 @@ def test_a_default_that_does_not_fit_retreats_as_a_call_does(faked: list, monkey
 
 
 def test_autotune_warns_of_whatever_goes_wrong(faked: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    def time(self: search.Scratch, plan: planner.Plan) -> float:
+    def time(self: search.Scratch, plan: plans.Plan) -> float:
         raise AssertionError("a compiler's")
 
     expected = trained(layer())

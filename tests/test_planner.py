@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from triton_brn import planner, views
-from triton_brn.planner import Device, Plan, plan
+from triton_brn.planner import plan
+from triton_brn.plans import STRATEGIES, Device, Plan
 from triton_brn.views import View, view_of
 
 H100 = Device("cuda:90", sms=132, capability=90, triton=(3, 9), l2=50 << 20)
@@ -27,7 +28,7 @@ DEVICES = (H100, A100, MI300, SMALL)
 def plans(direction: str, view: View, itemsize: int, device: Device) -> Iterator[Plan]:
     """Every strategy's plan, and the one that is chosen."""
     yield plan(direction, view, itemsize, device)
-    for strategy in planner.STRATEGIES:
+    for strategy in STRATEGIES:
         with suppress(ValueError):
             yield plan(direction, view, itemsize, device, strategy)
 

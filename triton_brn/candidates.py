@@ -13,13 +13,10 @@ from .planner import (
     LOOPED_REGISTERS_MORE,
     MOST_WARPS,
     SECTOR,
-    SHARED_RESERVED,
-    STRATEGIES,
-    Device,
-    Plan,
     _Call,
     lacks,
 )
+from .plans import SHARED_RESERVED, STRATEGIES, Device, Plan
 from .views import Tile, View, groups, power_of_two, whole_splits
 
 #: Programs along a grid's second axis at most, and arrivals that a word of the workspace counts.

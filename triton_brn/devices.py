@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .planner import Device
+from .plans import Device
 
 INTERPRETED = triton.knobs.runtime.interpret
 

@@ -16,7 +16,7 @@ from .devices import INTERPRETED, capturing, current_stream, device_of
 from .kernels.backward import backward_kernel
 from .kernels.forward import forward_kernel
 from .kernels.inference import inference_kernel
-from .planner import Plan
+from .plans import Plan
 from .tuned import tuned_plan
 from .views import View, view_of
 

@@ -6,80 +6,9 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
+from .plans import STRATEGIES, Device, Plan
 from .views import Tile, View, addressing, groups, length, power_of_two, vectors, whole_splits
-
-#: Bytes of each program's shared memory that CUDA keeps for itself.
-SHARED_RESERVED = 1024
-STRATEGIES = ("resident", "cluster", "cooperative", "blocked", "two_launch")
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the planner knows of a device. The defaults describe one that offers no more than it must."""
-
-    name: str
-    sms: int  # multiprocessors
-    capability: int = 0  # CUDA compute capability, 90 for 9.0; 0 elsewhere
-    triton: tuple[int, int] = (3, 6)
-    registers: int = 65_536  # of 32 bits, per multiprocessor
-    shared: int = 0  # bytes of shared memory that a program can have; 0: not known
-    warp: int = 32  # threads
-    l2: int = 0  # bytes; 0: not known
-    waits: bool = True  # programs run side by side, and one may wait for another
-
-    @property
-    def clusters(self) -> bool:
-        """Whether programs can share a tile. Triton 3.6 and 3.7 cannot compile their reductions."""
-        return 90 <= self.capability < 120 and self.triton >= (3, 8)
-
-    def co_resident(self, warps: int, registers: int, shared: int = 0) -> int:
-        """How many programs of so many registers a thread, and bytes of shared memory, run at the same
-        time; 0 if none may wait."""
-        each = self.registers // (warps * self.warp * -(registers // -8) * 8)  # they are handed out by eight
-        if self.shared:
-            each = min(each, self.shared // (shared + SHARED_RESERVED))
-        return self.sms * each if self.waits else 0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One way to run one direction on one view."""
-
-    strategy: str
-    tile: Tile
-    groups: int  # channel groups
-    slots: int  # groups served at a time: programs along the channels
-    splits: int  # programs along a channel
-    num_warps: int
-    registers: int  # of a thread, at most; on AMD a wish
-    num_ctas: int = 1
-
-    def options(self, device: Device) -> dict[str, int | bool]:
-        """How Triton compiles and launches it."""
-        options = {"num_warps": self.num_warps, "num_ctas": self.num_ctas, "enable_fp_fusion": True}
-        if self.waits:
-            options["launch_cooperative_grid"] = True
-        if device.capability:  # told no number, ptxas spills a few registers to have more programs at a time
-            options["maxnreg"] = self.registers
-        return options
-
-    @property
-    def kept(self) -> bool:
-        """Whether a tile stays in registers from the statistics to the end."""
-        return self.strategy in ("resident", "cluster", "cooperative")
-
-    @property
-    def split(self) -> bool:
-        """Whether the programs of a channel exchange partial results."""
-        return self.strategy not in ("resident", "cluster")
-
-    @property
-    def waits(self) -> bool:
-        """Whether programs wait for each other, and so must all run at the same time."""
-        return self.strategy in ("cooperative", "blocked")
-
 
 #: Elements of x that a thread keeps without spilling. Compiled for sm_80 to sm_100 with 4 warps: forward, 64
 #: take 181 to 255 registers; backward, which keeps x and dy, 178 to 255. Half-precision maps, forward, fit

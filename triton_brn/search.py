@@ -16,7 +16,7 @@ from torch import Tensor
 from . import candidates, launch, planner
 from .candidates import Choice
 from .devices import INTERPRETED, device_of
-from .planner import Plan
+from .plans import Plan
 from .tuning_table import Entry
 from .views import view_of
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import candidates, planner, tuning_table
 from .devices import capturing, table_name
-from .planner import Device, Plan
+from .plans import Device, Plan
 from .tuning_table import Entry
 from .views import View
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .candidates import Choice
-from .planner import STRATEGIES
+from .plans import STRATEGIES
 from .version import __version__
 from .views import View, addressing, power_of_two
 
