@@ -7,7 +7,8 @@ One row a launch, for every strategy that the planner has for each of a list of 
 multiprocessor, the widest global load and store, instructions per element, seconds. Exits with 1 on a
 spill, where an aligned tensor is not read and written 16 bytes at a time, or where fewer programs that wait
 would run at the same time than the plan counts on. --candidates adds the neighbours of each plan, which
-tuning tries: for those a spill is no failure, since tuning refuses them.
+tuning tries: for those a spill is no failure, since tuning refuses it, nor is a narrow access, which tuning
+times.
 """
 
 from __future__ import annotations
@@ -58,12 +59,16 @@ VIEWS = (
     View(8, 192, 289),
     View(512, 64, 169),
     View(300, 3, 15),  # too few channels to fold, too small for edges
+    View(32, 160, 289),  # clusters of many programs, of two warps each
+    View(32, 48, 1225),
     View(512, 2048, 1),  # rows
     View(512, 256, 1),
     View(32, 64, 1),
     View(100_352, 64, 1),
     View(2_000_000, 64, 1),
     View(640, 17, 1),
+    View(9_248, 128, 1),  # on sm_100 full tiles of two warps
+    View(1_156, 128, 1),
 )
 NUMBER = ("fp32", "fp32")
 RAMP = (NUMBER,) * 4
@@ -181,10 +186,11 @@ def row_of(target: str, dtype: str, view: View, launch: Launch) -> Row:
     threads = how.num_ctas * how.num_warps * gpu.warp
     per_thread = how.tile.elements / threads
     wrong = []
-    if facts.spills and not launch.candidate:  # tuning refuses it
-        wrong.append("spills")
-    if narrow(launch, facts, threads, NAMED_DTYPES[dtype].itemsize):
-        wrong.append("narrow")
+    if not launch.candidate:
+        if facts.spills:
+            wrong.append("spills")
+        if narrow(launch, facts, threads, NAMED_DTYPES[dtype].itemsize):
+            wrong.append("narrow")
     # What runs at the same time, and what a call would count on when it has compiled.
     at_once = min(programs * gpu.sms, gpu.co_resident(how.num_warps, facts.registers, facts.shared))
     if how.waits and gpu.capability and how.slots * how.splits > at_once:

@@ -34,7 +34,8 @@ LOOPED_BYTES_BACKWARD = {"aligned": 32, "rows": 32, "folded": 32, "window": 16}
 LOOPED_REGISTERS, LOOPED_REGISTERS_MORE = 128, 168
 #: Elements of a program at least, where larger ones would leave multiprocessors idle: what every warp
 #: reads of its channels' numbers is then below 5 % of the traffic, of rows below 10 %. Where a channel is
-#: shared by four or more programs, the one that finalises weighs less.
+#: shared by four or more programs, the one that finalises weighs less. Rows of which not even a third of the
+#: multiprocessors would have any are shared by twice as many.
 SHARED, SHARED_BY_MANY, SHARED_ROWS = 8_192, 5_000, 5_400
 #: Bytes of a kept row. With half a sector, each is read by two multiprocessors, by one of them from L2, and
 #: both have half of the work: better than to leave half of them idle.
@@ -181,6 +182,8 @@ class _Call:
         few = SHARED if elements < 4 * SHARED else SHARED_BY_MANY
         most = max(splits + splits // 8, elements // (SHARED_ROWS if self.tile.rows else few))
         sms = self.device.sms
+        if self.tile.rows and n * most < sms // 3:
+            most *= 2
         ways = [
             (slots, whole_splits(self.total, min(programs // slots, most), full.grain))
             for programs in (sms, at_once)
@@ -254,7 +257,7 @@ class _Call:
     @property
     def quick_dram(self) -> bool:
         """Whether DRAM (8 TB/s at compute capability 10.0) takes less time than instructions, and L2."""
-        return self.device.capability >= 100
+        return 100 <= self.device.capability < 120
 
     def work(self, plan: Plan) -> int:
         """Elements that a multiprocessor holds in all turns of a kept plan, whether they exist or not."""
