@@ -183,7 +183,7 @@ class _Call:
         most = max(splits + splits // 8, elements // (SHARED_ROWS if self.tile.rows else few))
         sms = self.device.sms
         if self.tile.rows and n * most < sms // 3:
-            most *= 2
+            most = max(most, 2 * elements // SHARED_ROWS)
         ways = [
             (slots, whole_splits(self.total, min(programs // slots, most), full.grain))
             for programs in (sms, at_once)
