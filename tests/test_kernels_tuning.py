@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import types
 from pathlib import Path
@@ -36,7 +37,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[plans.Plan]:
     """Plans in the order in which they are timed. More warps are said to be faster, and nothing runs."""
     timed: list[plans.Plan] = []
 
-    def time(self: search.Scratch, plan: plans.Plan) -> float:
+    def time(self: search.Scratch, plan: plans.Plan, refuse: bool = True) -> float:
         timed.append(plan)
         return 100.0 / plan.num_warps
 
@@ -157,11 +158,43 @@ def test_other_sizes_of_a_bucket_are_timed(faked: list) -> None:
     faked.clear()
     (same,) = triton_brn.tune([SHAPE], device=DEVICE, directions=["forward"])
     assert not faked, "the table has it"
-    (near,) = triton_brn.tune([(3, 3, 5, 6)], device=DEVICE, directions=["forward"])
+    (near,) = triton_brn.tune([(5, 3, 2, 11)], device=DEVICE, directions=["forward"])
     assert not near.news
-    assert near.strategy == same.strategy
-    assert 1 <= len(faked) <= 2, "the planner's plan and the chosen one, for this size"
-    assert all(plan.tile == planner.plan("forward", View(3, 3, 30), 4, device()).tile for plan in faked[:1])
+    assert near.strategy == same.strategy != "default"
+    default, chosen = faked
+    assert default == planner.plan("forward", View(5, 3, 22), 4, device())
+    assert (near.default_us, near.us) == (100 / default.num_warps, 100 / chosen.num_warps)
+
+
+def test_a_search_goes_on_for_the_size_that_began_it(faked: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sizes of a bucket share a search, and neither undoes what the other has tried."""
+    whole = triton_brn.tune([SHAPE], device=DEVICE, directions=["forward"])
+    forget_tables()
+    clock = itertools.count()
+    monkeypatch.setattr(search.time, "monotonic", lambda: float(next(clock)))
+    triton_brn.tune([SHAPE], device=DEVICE, directions=["forward"], budget=3)
+    (near,) = triton_brn.tune([(3, 3, 5, 6)], device=DEVICE, directions=["forward"], budget=1e6)
+    (same,) = triton_brn.tune([SHAPE], device=DEVICE, directions=["forward"])
+    assert near.finished
+    assert same == dataclasses.replace(whole[0], news=False)
+
+
+def test_another_clock_rate_changes_no_choice(faked: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier run measured is compared with what it measured of the planner's plan."""
+    fake, slower = search.Scratch.time, 1.0
+
+    def time(self: search.Scratch, plan: plans.Plan, refuse: bool = True) -> float:
+        fake(self, plan, refuse)
+        return 100.0 * slower
+
+    monkeypatch.setattr(search.Scratch, "time", time)
+    clock = itertools.count()
+    monkeypatch.setattr(search.time, "monotonic", lambda: float(next(clock)))
+    triton_brn.tune([SHAPE], device=DEVICE, directions=["forward"], budget=3)
+    slower = 1.5
+    (result,) = triton_brn.tune([SHAPE], device=DEVICE, directions=["forward"])
+    assert result.finished
+    assert result.strategy == "default"
 
 
 def device() -> Device:
@@ -189,7 +222,7 @@ def test_a_models_inputs_are_cloned_and_its_forward_tunes_nothing(
 def test_a_plan_that_fails_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     default = planner.plan("forward", View(4, 3, 30), 4, device())
 
-    def time(self: search.Scratch, plan: plans.Plan) -> float:
+    def time(self: search.Scratch, plan: plans.Plan, refuse: bool = True) -> float:
         if plan != default:
             raise RuntimeError("out of resources")
         return 1.0
@@ -202,10 +235,10 @@ def test_a_plan_that_fails_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_default_that_does_not_fit_retreats_as_a_call_does(faked: list, monkeypatch) -> None:
     fake = search.Scratch.time
 
-    def time(self: search.Scratch, plan: plans.Plan) -> float:
+    def time(self: search.Scratch, plan: plans.Plan, refuse: bool = True) -> float:
         if plan.strategy != "two_launch":
             raise launch.DoesNotFit("too many programs")
-        return fake(self, plan)
+        return fake(self, plan, refuse)
 
     monkeypatch.setattr(search.Scratch, "time", time)
     (result,) = triton_brn.tune([SHAPE], device=DEVICE, directions=["forward"])
@@ -214,7 +247,7 @@ def test_a_default_that_does_not_fit_retreats_as_a_call_does(faked: list, monkey
 
 
 def test_autotune_warns_of_whatever_goes_wrong(faked: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    def time(self: search.Scratch, plan: plans.Plan) -> float:
+    def time(self: search.Scratch, plan: plans.Plan, refuse: bool = True) -> float:
         raise AssertionError("a compiler's")
 
     expected = trained(layer())

@@ -16,6 +16,7 @@ from triton_brn.plans import STRATEGIES, Device, Plan
 from triton_brn.views import View, view_of
 
 H100 = Device("cuda:90", sms=132, capability=90, triton=(3, 9), l2=50 << 20)
+B200 = Device("cuda:100", sms=148, capability=100, triton=(3, 9), l2=126 << 20)
 A100 = Device("cuda:80", sms=108, capability=80, triton=(3, 9), l2=40 << 20)
 MI300 = Device("hip:gfx942", sms=304, triton=(3, 9), warp=64)
 SMALL = Device("other", sms=20, waits=False)
@@ -179,3 +180,26 @@ def test_forced_strategy_holds_inside_the_block_only() -> None:
             assert plan("backward", small, 4, H100).strategy == "resident"
         assert plan("backward", small, 4, H100).strategy == "two_launch"
     assert plan("forward", small, 4, H100).strategy == "resident"
+
+
+@pytest.mark.parametrize(
+    ("direction", "view", "device", "expected"),
+    [
+        # Programs of two warps instead of four: 640 load 132 multiprocessors more evenly than 320.
+        ("forward", View(32, 160, 289), H100, ("cluster", 4, 2, 160, 1)),
+        # Every program spreads the numbers of its channels over a row.
+        ("inference", View(4, 2048, 49), H100, ("two_launch", 1, 4, 256, 1)),
+        # A cluster's tile would be half empty.
+        ("forward", View(32, 96, 1225), B200, ("cooperative", 1, 4, 49, 6)),
+        ("forward", View(1, 196, 17_424), B200, ("cooperative", 1, 4, 98, 3)),
+        ("backward", View(32, 96, 1225), B200, ("cluster", 8, 4, 96, 1)),
+        # Full tiles of half the size.
+        ("forward", View(9248, 128, 1), B200, ("cooperative", 1, 2, 8, 37)),
+        ("forward", View(9248, 128, 1), H100, ("cooperative", 1, 4, 8, 27)),
+        # Few channels.
+        ("backward", View(1156, 96, 1), H100, ("cooperative", 1, 2, 6, 6)),
+    ],
+)
+def test_plans_that_tuning_has_corrected(direction: str, view: View, device: Device, expected: tuple) -> None:
+    how = plan(direction, view, 2, device)
+    assert (how.strategy, how.num_ctas, how.num_warps, how.slots, how.splits) == expected

@@ -42,6 +42,7 @@ class Unreached(torch.nn.Module):
         (ValueError, "model_or_shapes", [[(3, 0)]], {}),
         (ValueError, "model_or_shapes", [torch.nn.Linear(2, 2), torch.ones(2)], {}),
         (TypeError, "model_or_shapes", [(4, 3, 5, 6)], {}),
+        (TypeError, "model_or_shapes", [5], {}),
         (ValueError, "inputs", [Unreached(), torch.ones(2)], {}),
         (TypeError, "inputs", [[SHAPE], torch.ones(2)], {}),
         (TypeError, "dtype", [[SHAPE]], {"dtype": torch.int32}),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -47,3 +50,21 @@ def obstacle(device_type: str) -> str:
     except RuntimeError as error:  # no driver: the message names the reason
         return f"Triton has no driver here ({error})"
     return "" if served == device_type else f"Triton's driver serves {served}"
+
+
+_may_autotune = ContextVar("_may_autotune", default=True)
+
+
+def autotunes() -> bool:
+    """Whether TRITON_BRN_AUTOTUNE asks to tune what comes first."""
+    return os.environ.get("TRITON_BRN_AUTOTUNE") == "1" and _may_autotune.get()
+
+
+@contextmanager
+def without_autotuning() -> Iterator[None]:
+    """In this thread TRITON_BRN_AUTOTUNE does nothing inside the ``with`` block."""
+    token = _may_autotune.set(False)
+    try:
+        yield
+    finally:
+        _may_autotune.reset(token)

@@ -251,8 +251,8 @@ class _Call:
         return self.work(other) < FULLER * self.work(cluster)
 
     def has(self, strategy: str) -> bool:
-        """Whether the planner may take this strategy."""
-        return not lacks(strategy, self.device) and isinstance(getattr(self, strategy)(False), Plan)
+        """Whether there is a plan of this strategy."""
+        return not lacks(strategy, self.device) and isinstance(getattr(self, strategy)(True), Plan)
 
     @property
     def quick_dram(self) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import warnings
 
 from torch import Tensor
 
 from . import candidates, planner, tuning_table
+from .backend import autotunes
 from .devices import capturing, table_name
 from .plans import Device, Plan
 from .tuning_table import Entry
@@ -25,7 +25,7 @@ def tuned_plan(direction: str, view: View, x: Tensor, device: Device) -> Plan:
         return analytic
     name, key = place(direction, view, x)
     entry = tuning_table.look_up(name, key)
-    if entry is None and os.environ.get("TRITON_BRN_AUTOTUNE") == "1" and not capturing(x):
+    if entry is None and autotunes() and not capturing(x):
         entry = autotuned(direction, view, x, name, key)
     return chosen(entry, direction, view, x, device) or analytic
 

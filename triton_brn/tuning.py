@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import planner
-from .backend import obstacle, uses_triton
+from .backend import obstacle, uses_triton, without_autotuning
 from .modules import _BatchRenorm
 from .validate import DTYPES
 from .views import view_of
@@ -77,7 +77,7 @@ def tune(
     Args:
         model_or_shapes: a model, of whose BatchRenorm layers the inputs' shapes, dtypes and layouts are
             recorded during one forward of a copy; or input shapes, (N, C) or (N, C, ...).
-        inputs: the model's. They are cloned.
+        inputs: the model's. Tensors, also those in lists, tuples and dicts, are cloned.
         dtype, channels_last, device: of the shapes' tensors; the device is by default the one that
             Triton serves. Layouts other than 4-D and 5-D know no channels_last.
         directions: which of "forward", "backward" and "inference" to tune.
@@ -104,6 +104,8 @@ def tune(
         sizes = recorded(model_or_shapes, inputs)
     elif inputs:
         raise TypeError("inputs: only a model takes inputs")
+    elif not isinstance(model_or_shapes, Iterable):
+        raise TypeError(f"model_or_shapes: expected a model or shapes, got {model_or_shapes!r}")
     else:
         sizes = [size_of(shape, dtype, channels_last, device) for shape in model_or_shapes]
     for size in sizes:
@@ -128,21 +130,21 @@ def tuned(direction: str, size: Size, deadline: float) -> Tuned:
 
     view = view_of(size.shape, size.stride)
     assert view is not None, "recorded sizes are dense"
-    what = (direction, size.shape, size.stride, size.dtype, size.device)
     name, key = place(direction, view, torch.empty(0, dtype=size.dtype, device=size.device))
     entry = tuning_table.look_up(name, key)
     news = entry is None or not entry.finished
     if entry is None or news:
-        found = searched(*what, deadline, entry)
+        begun = view if entry is None else entry.view  # a search that a similar size began goes on
+        stride = (begun.channels * begun.inner, begun.inner, 1)
+        found = searched(direction, begun, stride, size.dtype, size.device, deadline, entry)
         tuning_table.save(name, {key: found})
         launch.forget_calls()
         entry = tuning_table.look_up(name, key) or found  # another process may have finished it
-    times = (entry.us, entry.default_us)
+    times = (entry.us, entry.default_us, "default" if entry.choice is None else entry.choice.strategy)
     if entry.view != view:  # the plan serves this size too: how well?
-        times = timed(*what, entry.choice)
-    strategy = "default" if entry.choice is None else entry.choice.strategy
+        times = timed(direction, size.shape, size.stride, size.dtype, size.device, entry.choice)
     dtype = str(size.dtype).removeprefix("torch.")
-    return Tuned(direction, size.shape, dtype, layout_of(size), *times, strategy, news, entry.finished)
+    return Tuned(direction, size.shape, dtype, layout_of(size), *times, news, entry.finished)
 
 
 def recorded(model: nn.Module, inputs: tuple[Any, ...]) -> list[Size]:
@@ -162,10 +164,9 @@ def recorded(model: nn.Module, inputs: tuple[Any, ...]) -> list[Size]:
     for layer in layers:
         layer.register_forward_pre_hook(record, with_kwargs=True)
     clones = tree_map_only(torch.Tensor, torch.clone, inputs)
-    tensors = [*model.parameters(), *model.buffers(), *clones]
+    tensors = [*model.parameters(), *model.buffers(), *tree_leaves(clones)]
     gpus = {t.device.index for t in tensors if isinstance(t, torch.Tensor) and t.is_cuda}
-    # A strategy that is forced is not tuned, whatever TRITON_BRN_AUTOTUNE says.
-    with torch.random.fork_rng(sorted(gpus)), torch.no_grad(), planner.forced_strategy("two_launch"):
+    with torch.random.fork_rng(sorted(gpus)), torch.no_grad(), without_autotuning():
         replica(*clones)
     if not found:
         raise ValueError("inputs: the model gave its BatchRenorm layers none")

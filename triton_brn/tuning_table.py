@@ -43,7 +43,7 @@ class Entry:
     default_us: float  # and as the planner has it
     finished: bool  # False: the time was up before everything had been tried
     view: View  # that was timed
-    #: While not finished: what has been tried, and how many microseconds it took; None: it cannot run.
+    #: While not finished: what has been tried, and how many microseconds it took; None: it cannot be chosen.
     tried: tuple[tuple[Choice, float | None], ...] = ()
 
 
