@@ -137,7 +137,8 @@ class _Call:
         n = groups(self.view, tile)
         half = self.kept(tile.block, HALF_SECTOR)
         if 2 * n <= self.device.sms and half.elements >= self.device.warp * half.vec:
-            slow = self.quick_dram and half != tile and tile.elements > SHARED
+            alone = self.quick_dram or 2 * n < self.device.sms // 3
+            slow = alone and half != tile and tile.elements > SHARED
             if not forced and slow and self.has("cooperative"):
                 return "cooperative programs fill as many multiprocessors, and read no sector twice"
             tile, n = half, groups(self.view, half)
