@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,17 @@ def _no_tables(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests run by the planner's plans, whatever was tuned on this machine."""
     os.environ["TRITON_BRN_CACHE_DIR"] = str(tmp_path_factory.mktemp("tables"))
     os.environ.pop("TRITON_BRN_AUTOTUNE", None)
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a test's own tuning tables. None has been read yet, as in a new process."""
+    from triton_brn import tuning_table
+
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("TRITON_BRN_CACHE_DIR", str(folder))
+    monkeypatch.setattr(tuning_table, "_tables", {})
+    return folder
 
 
 @pytest.fixture(autouse=True)

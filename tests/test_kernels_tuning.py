@@ -24,10 +24,8 @@ SHAPE = (4, 3, 5, 6)
 
 
 @pytest.fixture(autouse=True)
-def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _fresh(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_BRN_BACKEND", "triton")
-    monkeypatch.setenv("TRITON_BRN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuning_table, "_tables", {})
     monkeypatch.setattr(tuned, "_tried", {})
     launch.forget_calls()
 
@@ -43,6 +41,13 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> list[plans.Plan]:
 
     monkeypatch.setattr(search.Scratch, "time", time)
     return timed
+
+
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search's clock moves by a second whenever it is read."""
+    clock = itertools.count()
+    monkeypatch.setattr(search.time, "monotonic", lambda: float(next(clock)))
 
 
 def layer() -> BatchRenorm2d:
@@ -63,6 +68,26 @@ def trained(module: BatchRenorm2d) -> list[torch.Tensor]:
     return [t.detach().clone() for t in tensors]
 
 
+def save_two_launch() -> plans.Plan:
+    """Have the table say that SHAPE's forward takes two launches."""
+    x = torch.empty(SHAPE, device=DEVICE)
+    view = views.view_of(x.shape, x.stride())
+    plan = planner.plan("forward", view, 4, device(), "two_launch")
+    name, key = tuned.place("forward", view, x)
+    tuning_table.save(name, {key: tuning_table.Entry(candidates.choice_of(plan), 1.0, 2.0, True, view)})
+    return plan
+
+
+def device() -> Device:
+    return launch.device_of(torch.empty(0, device=DEVICE))
+
+
+def forget_tables() -> None:
+    """As if nothing had been tuned."""
+    tuning_table.path_of(tuned.table_name(torch.empty(0, device=DEVICE)), tuning_table.directory()).unlink()
+    tuning_table._tables.clear()
+
+
 def test_tuning_runs_and_resumes() -> None:
     first = triton_brn.tune([SHAPE], device=DEVICE)
     assert [result.direction for result in first] == ["forward", "backward", "inference"]
@@ -77,13 +102,7 @@ def test_tuning_runs_and_resumes() -> None:
 
 def test_a_tuned_plan_is_used_and_right() -> None:
     before = trained(layer())
-    with planner.forced_strategy("two_launch"):
-        x = torch.empty(SHAPE, device=DEVICE)
-        view = views.view_of(x.shape, x.stride())
-        plan = planner.plan("forward", view, 4, launch.device_of(x))
-    key = tuning_table.key("forward", "float32", view, 4)
-    entry = tuning_table.Entry(candidates.choice_of(plan), 1.0, 2.0, True, view)
-    tuning_table.save(tuned.table_name(x), {key: entry})
+    plan = save_two_launch()
     launch.forget_calls()
     after = trained(layer())
     used = [call.plan for call in launch._calls.values() if call.direction == "forward"]
@@ -117,11 +136,7 @@ def test_results_are_deterministic(faked: list) -> None:
     assert faked == order
 
 
-def test_the_budget_ends_a_search_and_the_next_run_goes_on(
-    faked: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = itertools.count()
-    monkeypatch.setattr(search.time, "monotonic", lambda: float(next(clock)))
+def test_the_budget_ends_a_search_and_the_next_run_goes_on(faked: list, ticking: None) -> None:
     short = triton_brn.tune([SHAPE], device=DEVICE, budget=3)
     assert [(r.direction, r.finished) for r in short] == [("forward", False)]
     assert len(faked) == 2, "the planner's plan, and one more"
@@ -133,12 +148,10 @@ def test_the_budget_ends_a_search_and_the_next_run_goes_on(
     ]
 
 
-def test_what_was_tried_is_not_tried_again(faked: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_tried_is_not_tried_again(faked: list, ticking: None) -> None:
     whole = triton_brn.tune([SHAPE], device=DEVICE, directions=["forward"])
     order = list(faked)
     forget_tables()
-    clock = itertools.count()
-    monkeypatch.setattr(search.time, "monotonic", lambda: float(next(clock)))
     timed: list[plans.Plan] = []
     for _ in range(len(order)):
         faked.clear()
@@ -166,12 +179,10 @@ def test_other_sizes_of_a_bucket_are_timed(faked: list) -> None:
     assert (near.default_us, near.us) == (100 / default.num_warps, 100 / chosen.num_warps)
 
 
-def test_a_search_goes_on_for_the_size_that_began_it(faked: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_goes_on_for_the_size_that_began_it(faked: list, ticking: None) -> None:
     """Two sizes of a bucket share a search, and neither undoes what the other has tried."""
     whole = triton_brn.tune([SHAPE], device=DEVICE, directions=["forward"])
     forget_tables()
-    clock = itertools.count()
-    monkeypatch.setattr(search.time, "monotonic", lambda: float(next(clock)))
     triton_brn.tune([SHAPE], device=DEVICE, directions=["forward"], budget=3)
     (near,) = triton_brn.tune([(3, 3, 5, 6)], device=DEVICE, directions=["forward"], budget=1e6)
     (same,) = triton_brn.tune([SHAPE], device=DEVICE, directions=["forward"])
@@ -179,7 +190,7 @@ def test_a_search_goes_on_for_the_size_that_began_it(faked: list, monkeypatch: p
     assert same == dataclasses.replace(whole[0], news=False)
 
 
-def test_another_clock_rate_changes_no_choice(faked: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_clock_rate_changes_no_choice(faked: list, ticking: None, monkeypatch) -> None:
     """What an earlier run measured is compared with what it measured of the planner's plan."""
     fake, slower = search.Scratch.time, 1.0
 
@@ -188,23 +199,11 @@ def test_another_clock_rate_changes_no_choice(faked: list, monkeypatch: pytest.M
         return 100.0 * slower
 
     monkeypatch.setattr(search.Scratch, "time", time)
-    clock = itertools.count()
-    monkeypatch.setattr(search.time, "monotonic", lambda: float(next(clock)))
     triton_brn.tune([SHAPE], device=DEVICE, directions=["forward"], budget=3)
     slower = 1.5
     (result,) = triton_brn.tune([SHAPE], device=DEVICE, directions=["forward"])
     assert result.finished
     assert result.strategy == "default"
-
-
-def device() -> Device:
-    return launch.device_of(torch.empty(0, device=DEVICE))
-
-
-def forget_tables() -> None:
-    """As if nothing had been tuned."""
-    tuning_table.path_of(tuned.table_name(torch.empty(0, device=DEVICE)), tuning_table.directory()).unlink()
-    tuning_table._tables.clear()
 
 
 def test_a_models_inputs_are_cloned_and_its_forward_tunes_nothing(
@@ -317,11 +316,6 @@ def test_tables_are_asked_at_the_first_call_only(monkeypatch: pytest.MonkeyPatch
 
 
 def test_info_says_what_was_tuned() -> None:
-    x = torch.empty(SHAPE, device=DEVICE)
-    view = views.view_of(x.shape, x.stride())
-    plan = planner.plan("forward", view, 4, device(), "two_launch")
-    entry = tuning_table.Entry(candidates.choice_of(plan), 1.0, 2.0, True, view)
-    place = tuned.place("forward", view, x)
     assert "tuned" not in info(SHAPE)
-    tuning_table._tables[place[0], tuning_table.directory()] = {place[1]: entry}
+    save_two_launch()
     assert "  forward    tuned, two_launch: 2 launches" in info(SHAPE)

@@ -18,10 +18,8 @@ SHAPE = (4, 3, 5, 6)
 
 
 @pytest.fixture(autouse=True)
-def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _fresh(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_BRN_BACKEND", "triton")
-    monkeypatch.setenv("TRITON_BRN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuning_table, "_tables", {})
 
 
 class Unreached(torch.nn.Module):

@@ -29,11 +29,9 @@ BEGUN = Entry(None, 10.0, 10.0, False, VIEW, ((CHOICE, 9.9), (dataclasses.replac
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TRITON_BRN_CACHE_DIR", str(tmp_path / "cache"))
+def folder(tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tuning_table, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(tuning_table, "_tables", {})
-    return tmp_path / "cache"
+    return tables
 
 
 def forget() -> None:
@@ -76,31 +74,24 @@ def test_what_is_finished_stays_so() -> None:
     assert tuning_table.look_up(NAME, "b") == ENTRY
 
 
-def test_a_table_that_cannot_be_read_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("where", "name", "error"),
+    [
+        (tuning_table, "contents", OSError(5, "Input/output error")),  # what is there cannot be read
+        (os, "replace", OSError(28, "No space left on device")),
+    ],
+)
+def test_a_save_that_fails_leaves_the_old_table(where, name: str, error: OSError, monkeypatch) -> None:
     path = tuning_table.save(NAME, {"a": ENTRY})
     before = path.read_bytes()
 
-    def fails(path: Path) -> None:
-        raise OSError(5, "Input/output error")
+    def fails(*_: Path) -> None:
+        assert path.read_bytes() == before, "the new table is written elsewhere"
+        raise error
 
     with monkeypatch.context() as broken:
-        broken.setattr(tuning_table, "contents", fails)
-        with pytest.raises(OSError, match="Input/output"):
-            tuning_table.save(NAME, {"b": ENTRY})
-    assert path.read_bytes() == before
-
-
-def test_a_write_that_fails_leaves_the_old_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tuning_table.save(NAME, {"a": ENTRY})
-    before = path.read_bytes()
-
-    def fails(source: Path, target: Path) -> None:
-        assert path.read_bytes() == before, "the new table is written elsewhere"
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as full:
-        full.setattr(os, "replace", fails)
-        with pytest.raises(OSError, match="No space"):
+        broken.setattr(where, name, fails)
+        with pytest.raises(OSError, match=error.strerror):
             tuning_table.save(NAME, {"b": ENTRY})
     assert path.read_bytes() == before
     assert [p.suffix for p in sorted(path.parent.iterdir())] == [".json", ".lock"], "nothing is left behind"

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-from . import planner, plans
+from . import planner
 from .backend import obstacle, uses_triton
-from .plans import Device, Plan
+from .plans import STRATEGIES, Device, Plan
 from .validate import NAMED_DTYPES
 from .version import __version__
 from .views import View
@@ -54,7 +54,7 @@ def view_of_shape(shape: tuple[int, ...], channels_last: bool) -> View:
 def _properties(gpu: Device) -> Iterator[str]:
     yield f"{gpu.name}, {gpu.sms} multiprocessors of {gpu.registers:,} registers, warps of {gpu.warp}"
     yield f"L2: {gpu.l2 >> 20} MiB" if gpu.l2 else "L2: size not known"
-    for strategy in plans.STRATEGIES:
+    for strategy in STRATEGIES:
         yield f"{strategy:14}{planner.lacks(strategy, gpu) or 'yes'}"
 
 
@@ -64,7 +64,7 @@ def _plans(view: View, dtype: torch.dtype, gpu: Device, where: torch.device | No
         plan = planner.plan(direction, view, itemsize, gpu)
         tuned = None if where is None else _tuned(direction, view, dtype, gpu, where)
         yield f"  {direction:11}{'tuned, ' if tuned else ''}{_described(tuned or plan, direction)}"
-        for strategy in plans.STRATEGIES if direction != "inference" else ():
+        for strategy in STRATEGIES if direction != "inference" else ():
             if tuned or strategy != plan.strategy:
                 try:
                     other = _described(planner.plan(direction, view, itemsize, gpu, strategy), direction)

@@ -241,9 +241,9 @@ class _Call:
         """Whether a cluster's tiles hold so much less of a channel than they could that cooperative ones are
         better: where instructions take longer than DRAM, and clusters wait for others to end. At each turn of
         a cooperative grid its programs meet."""
-        at_once = self.device.co_resident(cluster.num_warps, cluster.registers)
         if self.direction != "forward" or not self.quick_dram:
             return False
+        at_once = self.device.co_resident(cluster.num_warps, cluster.registers)
         if cluster.groups * cluster.num_ctas <= at_once:
             return False
         other = self.cooperative(False)
