@@ -7,11 +7,12 @@ import torch
 from conftest import DEVICE
 
 from triton_brn import planner, plans
+from triton_brn.tuning import Size
 
 launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
 from triton_brn import search  # noqa: E402
 
-SHAPE, STRIDE = (4, 3, 5, 6), (90, 30, 6, 1)
+SIZE = Size((4, 3, 5, 6), (90, 30, 6, 1), torch.float32, DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def test_a_wrong_result_is_not_timed(direction: str, wrong: int, monkeypatch: py
         return found
 
     monkeypatch.setattr(search.Scratch, "results", results)
-    scratch = search.Scratch(direction, SHAPE, STRIDE, torch.float32, DEVICE)
+    scratch = search.Scratch(direction, SIZE)
     plan = planner.plan(*scratch.call)
     assert scratch.time(plan) == 1.0
     off = 1e-7
@@ -47,7 +48,7 @@ def test_a_wrong_result_is_not_timed(direction: str, wrong: int, monkeypatch: py
 
 def test_trials_begin_alike_and_clip_some_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "benchmark", lambda run: [run() for _ in range(3)] and 1.0)
-    scratch = search.Scratch("forward", (4, 24, 5, 6), (720, 30, 6, 1), torch.float32, DEVICE)
+    scratch = search.Scratch("forward", Size((4, 24, 5, 6), (720, 30, 6, 1), torch.float32, DEVICE))
     for strategy in ("resident", "two_launch"):
         assert scratch.time(planner.plan(*scratch.call, strategy)) == 1.0
     r, d = scratch.expected[1][3:]
@@ -57,7 +58,7 @@ def test_trials_begin_alike_and_clip_some_channels(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_plan_that_spills_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    scratch = search.Scratch("forward", SHAPE, STRIDE, torch.float32, DEVICE)
+    scratch = search.Scratch("forward", SIZE)
     plan = planner.plan(*scratch.call)
     given = scratch.given
 
@@ -82,7 +83,7 @@ def test_copies_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(search.Scratch, "inference", inference)
     monkeypatch.setattr(search, "benchmark", lambda run: [run() for _ in range(4)] and 1.0)
-    scratch = search.Scratch("inference", SHAPE, STRIDE, torch.float32, DEVICE)
+    scratch = search.Scratch("inference", SIZE)
     scratch.copies = [search.Copy(scratch.x.clone(), scratch.x) for _ in range(3)]
     scratch.time(planner.plan(*scratch.call))
     turns = [[copy is one for one in scratch.copies].index(True) for copy in used[-4:]]

@@ -16,6 +16,7 @@ from reference import inputs
 from test_kernels import check
 
 from triton_brn import planner, plans, views
+from triton_brn.tuning import Size
 
 launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
 from triton_brn import search  # noqa: E402
@@ -133,7 +134,7 @@ def test_the_planner_is_within_a_tenth_of_tuning(
     monkeypatch.setattr(search, "MOST_COPIES", 1)  # its L2 is cold before every launch
     x = inputs(shape, dtype, layout, device=device).x
     for direction in ("forward", "backward", "inference"):
-        found = search.searched(direction, x.shape, x.stride(), dtype, device)
+        found = search.searched(direction, Size(shape, x.stride(), dtype, x.device))
         print(f"{direction:10} {found.default_us:.2f} us, tuned {found.us:.2f}: {found.choice}")
         assert found.default_us <= 1.1 * found.us
 

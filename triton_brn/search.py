@@ -17,6 +17,7 @@ from . import candidates, launch, planner
 from .candidates import Choice
 from .devices import INTERPRETED, device_of
 from .plans import Plan
+from .tuning import Size
 from .tuning_table import Entry
 from .views import view_of
 
@@ -41,51 +42,36 @@ def benchmark(run: Callable[[], object]) -> float:
     return triton.runtime.driver.active.get_benchmarker()(run, quantiles=(0.5, 0.2, 0.8))[0] * 1e3
 
 
-def searched(
-    direction: str,
-    shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    deadline: float = math.inf,
-    before: Entry | None = None,
-) -> Entry:
+def searched(direction: str, size: Size, deadline: float = math.inf, before: Entry | None = None) -> Entry:
     """The fastest way to run ``direction`` on such a tensor.
 
     Args:
         direction: "forward", "backward" or "inference".
-        shape, stride, dtype, device: of x, dense.
+        size: of x, dense.
         deadline: of ``time.monotonic()``. Once it is past, no more is tried than the planner's own plan.
         before: what a search that was not finished has found; what it tried is not tried again.
 
     Raises:
         RuntimeError: not even the planner's own plan can be timed, for want of memory as a rule.
     """
-    with scratch_for(direction, shape, stride, dtype, device) as scratch:
+    with scratch_for(direction, size) as scratch:
         default, default_us = timed_default(scratch)
         times, known = {default: default_us}, recalled(scratch, before, default_us)
         finished = all(try_until(deadline, scratch, times, known, plans) for plans in rounds(scratch, times))
     best = min(times, key=lambda plan: times[plan])  # of equals, the first
     keep = times[best] > default_us * (1 - MARGIN)
     best = default if keep else best
-    _log.debug("%s %s %s: %d plans, best %s", direction, tuple(shape), dtype, len(times), best)
+    _log.debug("%s %s: %d plans, best %s", direction, size, len(times), best)
     choice = None if keep else candidates.choice_of(best)
     tried = [] if finished else [(candidates.choice_of(plan), us) for plan, us in times.items()][1:]
     kept = tuple((other, round(us, 3) if math.isfinite(us) else None) for other, us in tried)
     return Entry(choice, round(times[best], 3), round(default_us, 3), finished, scratch.view, kept)
 
 
-def timed(
-    direction: str,
-    shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    choice: Choice | None,
-) -> tuple[float, float, str]:
+def timed(direction: str, size: Size, choice: Choice | None) -> tuple[float, float, str]:
     """Microseconds of a call as chosen, and of one by the planner's own plan; the strategy of the former,
     "default" where both are the same."""
-    with scratch_for(direction, shape, stride, dtype, device) as scratch:
+    with scratch_for(direction, size) as scratch:
         default, default_us = timed_default(scratch)
         plan = default if choice is None else candidates.planned(choice, *scratch.call) or default
         if plan == default:
@@ -95,17 +81,11 @@ def timed(
 
 
 @contextmanager
-def scratch_for(
-    direction: str,
-    shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Iterator[Scratch]:
+def scratch_for(direction: str, size: Size) -> Iterator[Scratch]:
     """Scratch tensors, with their device the current one."""
     # A caller's inference mode would make tensors that no kernel may be told to update.
-    with torch.inference_mode(False), torch.no_grad(), launch.on_device(torch.empty(0, device=device)):
-        yield Scratch(direction, shape, stride, dtype, device)
+    with torch.inference_mode(False), torch.no_grad(), launch.on_device(torch.empty(0, device=size.device)):
+        yield Scratch(direction, size)
 
 
 def timed_default(scratch: Scratch) -> tuple[Plan, float]:
@@ -189,14 +169,8 @@ class Scratch:
         expected: the results of the first plan that was timed.
     """
 
-    def __init__(
-        self,
-        direction: str,
-        shape: tuple[int, ...],
-        stride: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, direction: str, size: Size) -> None:
+        shape, stride, dtype, device = size.shape, size.stride, size.dtype, size.device
         random = torch.Generator(device).manual_seed(0)  # its own: a caller's random numbers stay as they are
         statistics = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -206,9 +180,9 @@ class Scratch:
         def line(first: float, last: float) -> Tensor:
             return torch.linspace(first, last, shape[1], dtype=statistics, device=device)
 
-        view = view_of(tuple(shape), tuple(stride))
+        view = view_of(shape, stride)
         if view is None:
-            raise ValueError(f"stride: {tuple(stride)} of shape {tuple(shape)} is not dense")
+            raise ValueError(f"stride: {stride} of shape {shape} is not dense")
         self.x, self.view, backward = filled(), view, direction == "backward"
         self.direction, self.device = direction, device_of(self.x)
         self.call = (direction, view, self.x.element_size(), self.device)

@@ -54,13 +54,15 @@ _tried: dict[tuple[str, str], Entry | None] = {}
 def autotuned(direction: str, view: View, x: Tensor, name: str, key: str) -> Entry | None:
     """Tune for x, once per key and process whatever comes of it, and store what was found."""
     from .search import searched
+    from .tuning import Size
 
     with _tuning:
         if (name, key) in _tried:
             return _tried[name, key]
         entry = _tried[name, key] = None
         try:
-            entry = _tried[name, key] = searched(direction, x.shape, x.stride(), x.dtype, x.device)
+            size = Size(tuple(x.shape), x.stride(), x.dtype, x.device)
+            entry = _tried[name, key] = searched(direction, size)
             tuning_table.save(name, {key: entry})
         except Exception as error:  # out of memory, no such folder, ...: the planner's plan serves
             what = "not stored" if entry else "not tuned"

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ DIRECTIONS = ("forward", "backward", "inference")
 
 @dataclass(frozen=True)
 class Size:
-    """What a layer is given."""
+    """What a layer is given, or a search: a dense tensor."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -136,13 +136,14 @@ def tuned(direction: str, size: Size, deadline: float) -> Tuned:
     if entry is None or news:
         begun = view if entry is None else entry.view  # a search that a similar size began goes on
         stride = (begun.channels * begun.inner, begun.inner, 1)
-        found = searched(direction, begun, stride, size.dtype, size.device, deadline, entry)
+        alike = replace(size, shape=tuple(begun), stride=stride)
+        found = searched(direction, alike, deadline, entry)
         tuning_table.save(name, {key: found})
         launch.forget_calls()
         entry = tuning_table.look_up(name, key) or found  # another process may have finished it
     times = (entry.us, entry.default_us, "default" if entry.choice is None else entry.choice.strategy)
     if entry.view != view:  # the plan serves this size too: how well?
-        times = timed(direction, size.shape, size.stride, size.dtype, size.device, entry.choice)
+        times = timed(direction, size, entry.choice)
     dtype = str(size.dtype).removeprefix("torch.")
     return Tuned(direction, size.shape, dtype, layout_of(size), *times, news, entry.finished)
 
