@@ -29,9 +29,9 @@ import triton
 from compile_facts import MULTIPROCESSORS, Facts, amd_facts, nvidia_facts, programs_at_once
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton_brn.kernels.backward import backward_kernel
-from triton_brn.kernels.forward import forward_kernel
-from triton_brn.kernels.inference import inference_kernel
+from triton_brn.kernels.backward import batch_renorm_backward_kernel
+from triton_brn.kernels.forward import batch_renorm_forward_kernel
+from triton_brn.kernels.inference import batch_renorm_inference_kernel
 
 from triton_brn import candidates
 from triton_brn.plans import Device, Plan
@@ -149,7 +149,7 @@ def launches(view: View, dtype: str, gpu: Device, tuning: bool = False) -> Itera
         "backward": {"x": x, "dy": x, "dx": x, "weight": stat, "saved": stat, "grads": (stat, stat)},
     }
     names = {"forward": "STATISTICS", "backward": "SUMS"}
-    kernels = {"forward": forward_kernel, "backward": backward_kernel}
+    kernels = {"forward": batch_renorm_forward_kernel, "backward": batch_renorm_backward_kernel}
     call = (view, NAMED_DTYPES[dtype].itemsize, gpu)
     for direction, kernel in kernels.items():
         for how, candidate in plans(direction, *call, tuning):
@@ -164,7 +164,7 @@ def launches(view: View, dtype: str, gpu: Device, tuning: bool = False) -> Itera
     pair = (stat, stat)
     signature = {"x": x, "y": x, "affine": pair, "running": pair, "saved": stat, **SIZES, "eps": NUMBER}
     for how, candidate in plans("inference", *call, tuning):
-        yield Launch(inference_kernel, how, {"SAVE": True}, signature, candidate)
+        yield Launch(batch_renorm_inference_kernel, how, {"SAVE": True}, signature, candidate)
 
 
 def plans(
@@ -199,7 +199,7 @@ def row_of(target: str, dtype: str, view: View, launch: Launch) -> Row:
         target,
         dtype,
         f"{view.outer},{view.channels},{view.inner}",
-        launch.kernel.__name__.removesuffix("_kernel"),
+        launch.kernel.__name__.removeprefix("batch_renorm_").removesuffix("_kernel"),
         "+".join(n for n in ("STATISTICS", "SUMS", "APPLY") if launch.flags.get(n)),
         how.strategy,
         "tuning" if launch.candidate else "plan",

@@ -49,9 +49,9 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         launch, "tuned_plan", lambda how, view, x, gpu: plan(how, view, x.element_size(), gpu)
     )
-    for name in ("forward_kernel", "backward_kernel", "inference_kernel"):
+    for which in ("forward", "backward", "inference"):
         kernel = type("Kernel", (), {"warmup": lambda self, *args, **kwargs: Compiled()})()
-        monkeypatch.setattr(launch, name, kernel)
+        monkeypatch.setattr(launch, f"batch_renorm_{which}_kernel", kernel)
 
 
 @pytest.mark.parametrize("direction", TARGETS)

@@ -22,7 +22,7 @@ from .tile import (
 
 
 @triton.jit(do_not_specialize=["outer", "channels", "inner"])
-def backward_kernel(
+def batch_renorm_backward_kernel(
     x,
     dy,
     dx,

@@ -36,7 +36,7 @@ from .tile import (
 
 
 @triton.jit(do_not_specialize=["outer", "channels", "inner"])
-def forward_kernel(
+def batch_renorm_forward_kernel(
     x,
     y,
     affine,

@@ -9,7 +9,7 @@ from .tile import channel_range, known_multiple, length, split_range, spread
 
 
 @triton.jit(do_not_specialize=["outer", "channels", "inner"])
-def inference_kernel(
+def batch_renorm_inference_kernel(
     x,
     y,
     affine,

@@ -106,7 +106,7 @@ def launches(target: str) -> Iterator[compile_report.Launch]:
 @compiling
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_narrow_access_is_wrong(target: str) -> None:
-    launch = next(n for n in launches(target) if n.kernel.__name__ == "inference_kernel")
+    launch = next(n for n in launches(target) if n.kernel.__name__ == "batch_renorm_inference_kernel")
     row = compile_report.row_of(target, "bf16", VIEW, launch)
     assert (row.wrong, row.load, row.store) == ("", 16, 16)
     for name, width in (("x", "load"), ("y", "store")):  # one side at a time

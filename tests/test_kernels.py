@@ -259,10 +259,10 @@ def test_launches(layout: str, device, launched: list[str]) -> None:
     for strategy in EVERYWHERE:
         each = 2 if strategy == "two_launch" else 1
         run(inputs((2, 9, 5, 6), layout=layout, device=device), strategy, training=True)
-        assert launched == ["forward_kernel"] * each + ["backward_kernel"] * each
+        assert launched == ["batch_renorm_forward_kernel"] * each + ["batch_renorm_backward_kernel"] * each
         launched.clear()
     run(inputs((2, 9, 5, 6), layout=layout, device=device), training=False)
-    assert launched == ["inference_kernel", "backward_kernel"]
+    assert launched == ["batch_renorm_inference_kernel", "batch_renorm_backward_kernel"]
 
 
 @pytest.fixture
@@ -304,7 +304,7 @@ def test_tiles_that_are_on_their_way(strategy: str, stages: int, shape, device, 
 
 def test_past_2_31_elements(device) -> None:
     """Channel 0 of a (9, 2**17, 2**11) tensor, in place; all but 18,432 elements stay untouched."""
-    from triton_brn.kernels.inference import inference_kernel
+    from triton_brn.kernels.inference import batch_renorm_inference_kernel
 
     view = views.View(9, 2**17, 2**11)
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 5 * 2**30:
@@ -316,7 +316,7 @@ def test_past_2_31_elements(device) -> None:
     how = planner.plan("inference", view, 2, GPU)
     assert how.tile.wide
     arguments = (x, x, (None, None), (mean, var), mean, *view, launch.numbers(1e-5))
-    inference_kernel[(1, 1)](*arguments, SAVE=False, T=how.tile, num_warps=how.num_warps)
+    batch_renorm_inference_kernel[(1, 1)](*arguments, SAVE=False, T=how.tile, num_warps=how.num_warps)
     assert_accurate(x[:, 0], expected)
 
 

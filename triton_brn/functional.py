@@ -77,13 +77,13 @@ def batch_renorm(
         bias = bias.contiguous()
     if not training:
         if needs_grad(input, weight, bias):
-            return _Inference.apply(input, weight, bias, running_mean, running_var, eps)
+            return BatchRenormInference.apply(input, weight, bias, running_mean, running_var, eps)
         return ops.inference(input, weight, bias, running_mean, running_var, eps, False)[0]
     check_batch(input, num_batches_tracked, settings)
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
     if needs_grad(input, weight, bias):
         if ops.is_traced(input) or _are_functorch_transforms_active():
-            return _Training.apply(*tensors, settings)
+            return BatchRenorm.apply(*tensors, settings)
         if not input.is_cpu or not input.numel() or uses_triton(input.device):
             return _training(*tensors, settings)
         y = eager.batch_norm(*tensors, *settings)
@@ -126,7 +126,7 @@ def needs_grad(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> boo
     )
 
 
-class _Training(torch.autograd.Function):
+class BatchRenorm(torch.autograd.Function):
     """Forward with the minibatch's statistics; r and d are constants of the gradient."""
 
     @staticmethod
@@ -141,7 +141,7 @@ class _Training(torch.autograd.Function):
         return (*_gradients(ops.backward, True, ctx, dy, *ctx.saved_tensors), None, None, None, None)
 
 
-class _PlainTraining(torch.autograd.Function):
+class PlainBatchRenorm(torch.autograd.Function):
     """The same in plain PyTorch without operators, of which a small input would feel each."""
 
     @staticmethod
@@ -168,11 +168,11 @@ def _plain_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 # ``apply`` without what torch adds for functorch, which costs 6 us.
-_training = super(torch.autograd.Function, _Training).apply
-_plain_training = super(torch.autograd.Function, _PlainTraining).apply
+_training = super(torch.autograd.Function, BatchRenorm).apply
+_plain_training = super(torch.autograd.Function, PlainBatchRenorm).apply
 
 
-class _Inference(torch.autograd.Function):
+class BatchRenormInference(torch.autograd.Function):
     """Forward with the running statistics, which are constants of the gradient."""
 
     @staticmethod

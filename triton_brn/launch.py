@@ -13,9 +13,9 @@ from torch import Tensor
 
 from . import planner
 from .devices import INTERPRETED, capturing, current_stream, device_of
-from .kernels.backward import backward_kernel
-from .kernels.forward import forward_kernel
-from .kernels.inference import inference_kernel
+from .kernels.backward import batch_renorm_backward_kernel
+from .kernels.forward import batch_renorm_forward_kernel
+from .kernels.inference import batch_renorm_inference_kernel
 from .plans import Plan
 from .tuned import tuned_plan
 from .views import View, view_of
@@ -36,7 +36,7 @@ def forward(  # type: ignore[no-untyped-def]
     inputs = (x, weight, bias, *running)
     for statistics, apply in call.phases():
         flags = (statistics, apply, call.plan.kept, call.plan.split, average_std)
-        if not call.launch(forward_kernel, arguments, flags, inputs):
+        if not call.launch(batch_renorm_forward_kernel, arguments, flags, inputs):
             args = (momentum, eps, r_max, d_max, average_std)
             return forward(x, weight, bias, *running, *args, call)
     torch.autograd.graph.increment_version([t for t in running if t is not None])  # autograd saw nothing
@@ -50,7 +50,7 @@ def inference(x, weight, bias, running_mean, running_var, eps, save, call=None):
     saved = running_mean.new_empty((5, call.view.channels) if save else 0)
     running = (running_mean, running_var)
     arguments = (x, y, (weight, bias), running, saved, *call.view, numbers(eps))
-    call.launch(inference_kernel, arguments, (save,), (x, weight, bias, *running))
+    call.launch(batch_renorm_inference_kernel, arguments, (save,), (x, weight, bias, *running))
     return y, saved
 
 
@@ -70,7 +70,8 @@ def backward(dy, x, weight, saved, training, needs, call=None):  # type: ignore[
         phases = call.phases() if training else ((wanted, True),)
     for sums, apply in phases:
         flags = (training, sums, apply, call.plan.kept, call.plan.split)
-        if not call.launch(backward_kernel, arguments, flags, (x, dy, dx, weight, saved, *grads)):
+        inputs = (x, dy, dx, weight, saved, *grads)
+        if not call.launch(batch_renorm_backward_kernel, arguments, flags, inputs):
             return backward(dy, x, weight, saved, training, needs, call)
     return x.new_empty(0) if dx is None else dx, *(like.new_empty(0) if g is None else g for g in grads)
 
