@@ -230,7 +230,7 @@ def moments_of_planes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = means.mean(0)
     deviations = means.sub_(mean)
     var = rstds.pow_(-2).addcmul_(deviations, deviations).mean(0)
-    return mean, var, scratch.as_strided(x.shape, x.stride())
+    return mean, var, scratch.as_strided_(x.shape, x.stride())  # in place: y must be nobody's view
 
 
 def applied(x, scale, shift, mean, var, eps, scratch):  # type: ignore[no-untyped-def]
