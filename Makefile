@@ -7,11 +7,13 @@ BENCH_ARGS ?=
 
 BIN := .venv/bin
 
-.PHONY: help demo test lint format bench wheel clean
+.PHONY: help demo test zoo examples lint format bench wheel clean
 
 help:
 	@echo "make demo     train on MNIST: BatchNorm against Batch Renormalization (DEMO_ARGS=--quick: a short run)"
 	@echo "make test     all tests; without a GPU the kernels run in Triton's interpreter"
+	@echo "make zoo      networks of torchvision, timm, MONAI and others train as with BatchNorm"
+	@echo "make examples every program in examples/, a short run each"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   ruff's formatting and safe fixes"
 	@echo "make bench    times against torch.nn.BatchNorm and others (BENCH_ARGS=--quick: two inputs)"
@@ -21,8 +23,14 @@ help:
 demo: .venv/.demo
 	$(BIN)/python -m triton_brn demo $(DEMO_ARGS)
 
-test: .venv/.test,demo,bench
+test: .venv/.test,demo,bench,examples,zoo
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+zoo: .venv/.test,zoo
+	$(BIN)/python -m pytest -m zoo $(PYTEST_ARGS)
+
+examples: .venv/.test,examples
+	$(BIN)/python -m pytest -s tests/test_examples.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import torchvision_schemas
+
+torchvision_schemas.declare()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 if DEVICE.type == "cpu" and os.environ.get("TRITON_BRN_BACKEND") != "triton":
