@@ -45,11 +45,13 @@ def test_the_layers_signature(layer: type) -> None:
         ("eps", "params", 1e-5),
         ("momentum", "params", 0.01),
         ("affine", "params", True),
+        ("track_running_stats", "params", True),
+        ("device", "params", None),
+        ("dtype", "params", None),
+        ("bias", "options", True),
         ("r_max", "options", Ramp(1.0, 3.0, begin=5_000, end=40_000)),
         ("d_max", "options", Ramp(0.0, 5.0, begin=5_000, end=25_000)),
         ("running_average", "options", "std"),
-        ("device", "options", None),
-        ("dtype", "options", None),
     ]
 
 
@@ -324,7 +326,7 @@ def test_momentum_none_is_the_cumulative_average(average: str, backend: str, dev
 def test_repr_says_everything() -> None:
     layer = BatchRenorm2d(7, 1e-3, None, False, r_max=2.0, d_max=None, running_average="var")
     assert repr(layer) == (
-        "BatchRenorm2d(7, eps=0.001, momentum=None, affine=False, "
+        "BatchRenorm2d(7, eps=0.001, momentum=None, affine=False, bias=False, "
         "r_max=2.0, d_max=None, running_average='var')"
     )
     default = BatchRenorm1d(3)

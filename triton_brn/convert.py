@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm
 from .validate import statistics_dtype
 
 _log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def _convert(module: nn.Module, options: dict[str, Any], done: dict[nn.Module, n
 
 
 def _replacement(module: nn.Module, options: dict[str, Any]) -> nn.Module:
-    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, _BatchRenorm):
         return module
     layer = _LAYERS.get(type(module))
     if layer is None:
@@ -57,7 +57,14 @@ def _replacement(module: nn.Module, options: dict[str, Any]) -> nn.Module:
         return module
     like = module.running_mean if module.weight is None else module.weight
     where: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
-    new = layer(module.num_features, module.eps, affine=module.affine, **where, **options)
+    new = layer(
+        module.num_features,
+        module.eps,
+        affine=module.affine,
+        bias=module.bias is not None,
+        **where,
+        **options,
+    )
     if module.affine:
         new.weight, new.bias = module.weight, module.bias
     if module.running_mean is not None and module.running_var is not None:

@@ -13,7 +13,7 @@ from .ramp import Limit, Ramp, as_ramp
 from .validate import check_numbers, statistics_dtype
 
 
-class _BatchRenorm(nn.Module):
+class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
     """What the layers share; the subclasses say which ranks they take.
 
     Args:
@@ -22,25 +22,30 @@ class _BatchRenorm(nn.Module):
         momentum: alpha in the paper and in torch's convention: the weight of the new batch.
             None: the cumulative average.
         affine: learn ``weight`` (gamma) and ``bias`` (beta).
+        track_running_stats: only True: batch renorm without running statistics is batch norm.
         r_max, d_max: clipping limits of Algorithm 1: a number, None (no clipping) or a ``Ramp``
             over ``num_batches_tracked``; may be set again at any time. Default: the paper's.
         running_average: ``"std"`` averages the standard deviation (the paper), ``"var"`` the
             unbiased variance (torch.nn.BatchNorm).
         device, dtype: of the parameters; the running statistics are float32, or float64 for float64.
+        bias: False: learn ``weight`` alone.
 
     Parameters ``weight`` and ``bias`` and buffers ``running_mean``, ``running_var`` and
     ``num_batches_tracked`` have the names and meaning of torch.nn.BatchNorm's, so state_dicts go
     both ways. ``.half()`` and ``.bfloat16()`` leave them in float32.
 
+    The layers are torch.nn.BatchNorm1d, 2d and 3d to whoever asks isinstance, so what looks for those finds
+    them. torch.nn.SyncBatchNorm.convert_sync_batchnorm then replaces them by SyncBatchNorm, as it does every
+    BatchNorm: batch renorm is lost.
+
     See ``batch_renorm`` for the mathematics and the errors.
     """
 
-    _version = 2  # as torch.nn.BatchNorm: 2 has num_batches_tracked
     _ranks: tuple[int, ...] = ()
 
     num_features: int
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
+    weight: nn.Parameter | None  # type: ignore[assignment]
+    bias: nn.Parameter | None  # type: ignore[assignment]
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -51,31 +56,30 @@ class _BatchRenorm(nn.Module):
         eps: float = 1e-5,
         momentum: float | None = 0.01,
         affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         r_max: Limit = Ramp(1.0, 3.0, begin=5_000, end=40_000),
         d_max: Limit = Ramp(0.0, 5.0, begin=5_000, end=25_000),
         running_average: str = "std",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         check_numbers(momentum, eps, running_average)
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = momentum
+        if not track_running_stats:
+            raise ValueError(
+                "track_running_stats: expected True, got False: without running statistics batch renorm is "
+                "batch norm, use torch.nn.BatchNorm"
+            )
+        stats = statistics_dtype(dtype or torch.get_default_dtype())
+        super().__init__(num_features, eps, momentum, False, True, device, stats)
         self.affine = affine
         self.r_max = r_max
         self.d_max = d_max
         self.running_average = running_average
-        for name in ("weight", "bias"):
-            parameter = (
-                nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
-            )
-            self.register_parameter(name, parameter)
-        stats = statistics_dtype(dtype or torch.get_default_dtype())
-        self.register_buffer("running_mean", torch.empty(num_features, device=device, dtype=stats))
-        self.register_buffer("running_var", torch.empty(num_features, device=device, dtype=stats))
-        self.register_buffer("num_batches_tracked", torch.zeros((), device=device, dtype=torch.long))
+        for name, learned in (("weight", affine), ("bias", affine and bias)):
+            if learned:
+                setattr(self, name, nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)))
         self.reset_parameters()
 
     @property
@@ -98,23 +102,22 @@ class _BatchRenorm(nn.Module):
         as_ramp("d_max", limit, 0.0)
         self._d_max = limit
 
-    def reset_running_stats(self) -> None:
-        """Statistics of a standard normal input, and no batch seen."""
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()
-
     def reset_parameters(self) -> None:
         """As torch.nn.BatchNorm: weight 1, bias 0, running statistics reset."""
         self.reset_running_stats()
-        if self.weight is not None and self.bias is not None:
+        if self.weight is not None:
             nn.init.ones_(self.weight)
+        if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim not in self._ranks:
             ranks = " or ".join(f"{rank}D" for rank in self._ranks)
             raise ValueError(f"input: expected {ranks} input for {type(self).__name__}, got {input.ndim}D")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.ndim not in self._ranks:
+            self._check_input_dim(input)
         if input.shape[1] != self.num_features:
             raise ValueError(f"input: expected {self.num_features} channels, got {input.shape[1]}")
         return batch_renorm(
@@ -135,7 +138,8 @@ class _BatchRenorm(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"r_max={self.r_max}, d_max={self.d_max}, running_average={self.running_average!r}"
+            f"bias={self.bias is not None}, r_max={self.r_max}, d_max={self.d_max}, "
+            f"running_average={self.running_average!r}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BatchRenorm:
@@ -156,7 +160,7 @@ class _BatchRenorm(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
-class BatchRenorm1d(_BatchRenorm):
+class BatchRenorm1d(_BatchRenorm, nn.BatchNorm1d):
     __doc__ = (
         "Batch Renormalization of (N, C) or (N, C, L) inputs.\n"
         + (_BatchRenorm.__doc__ or "").split("\n", 1)[1]
@@ -164,14 +168,14 @@ class BatchRenorm1d(_BatchRenorm):
     _ranks = (2, 3)
 
 
-class BatchRenorm2d(_BatchRenorm):
+class BatchRenorm2d(_BatchRenorm, nn.BatchNorm2d):
     __doc__ = (
         "Batch Renormalization of (N, C, H, W) inputs.\n" + (_BatchRenorm.__doc__ or "").split("\n", 1)[1]
     )
     _ranks = (4,)
 
 
-class BatchRenorm3d(_BatchRenorm):
+class BatchRenorm3d(_BatchRenorm, nn.BatchNorm3d):
     __doc__ = (
         "Batch Renormalization of (N, C, D, H, W) inputs.\n" + (_BatchRenorm.__doc__ or "").split("\n", 1)[1]
     )
