@@ -25,6 +25,10 @@ def table() -> list[str]:
     return LINES
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.benchmark_quiet = True  # its table is of rounds, in which each contestant has its turn
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if ROWS:
         terminalreporter.section("CPU")

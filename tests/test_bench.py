@@ -203,7 +203,7 @@ def test_rows_say_which_code_ran(monkeypatch):
     monkeypatch.setattr(_bench_run, "copy_bandwidth", lambda device: 1.0)
     monkeypatch.setattr(_bench_run, "plans_of", lambda x, direction: [("cluster", "tuned")])
     bar = SimpleNamespace(set_postfix_str=lambda text: None, update=lambda: None)
-    rows = _bench_run.measure(SMALL, ["both"], CPU, Budget(SHORT, 1, None, 0), bar)
+    (rows,) = _bench_run.measure(SMALL, ["both"], CPU, Budget(SHORT, 1, None, 0), bar)
     assert [row.package for row in rows] == ["", f"pytest {pytest.__version__}"]
     assert {(row.strategy, row.planned_by) for row in rows} == {("cluster", "tuned")}
 

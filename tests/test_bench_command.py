@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from triton_brn import _bench_budget, _bench_measure, _bench_models, _bench_peers, _bench_run, benchmark
+from triton_brn import (
+    _bench_budget,
+    _bench_measure,
+    _bench_models,
+    _bench_peers,
+    _bench_report,
+    _bench_run,
+    benchmark,
+    progress,
+)
 from triton_brn.__main__ import main
 from triton_brn._bench_cases import DIRECTIONS, RESNET50, Case
 from triton_brn._bench_measure import Effort
@@ -25,7 +34,7 @@ LIGHT = (OURS, "BatchNorm", "plain PyTorch")  # neither compiled nor of a packag
 @pytest.fixture
 def complete() -> None:
     """Only where the command's packages are installed."""
-    if missing := benchmark.missing_extras():
+    if missing := progress.missing(benchmark.EXTRAS):
         pytest.skip(f"needs {', '.join(missing)}")
 
 
@@ -42,15 +51,15 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("complete", "light")
 def test_the_command_writes_complete_tables_and_figures(tmp_path, capsys):
-    main(
-        ["bench", "--quick", "--shape", "4,6,5,5", "8,6", "--direction", *DIRECTIONS, "--out", str(tmp_path)]
-    )
-    shown = capsys.readouterr().out
+    shapes = ["4,6,5,5", "8,6", "16,6"]
+    main(["bench", "--quick", "--shape", *shapes, "--direction", *DIRECTIONS, "--out", str(tmp_path)])
+    shown, about = capsys.readouterr()
+    assert "3 inputs, 4 directions on cpu: about 5 s" in about
     assert "4x6x5x5 fp32" in shown
     records = json.loads((tmp_path / "layers.json").read_text())
     with (tmp_path / "layers.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert len(table) == len(records) == 2 * len(DIRECTIONS) * len(LIGHT)
+    assert len(table) == len(records) == 3 * len(DIRECTIONS) * len(LIGHT)
     assert list(table[0]) == [field.name for field in dataclasses.fields(_bench_run.Row)]
     for record in records:
         assert record["ms_q20"] <= record["ms"] <= record["ms_q80"]
@@ -78,6 +87,44 @@ def test_one_direction_in_channels_last(tmp_path):
     records = json.loads((tmp_path / "layers.json").read_text())
     assert {(r["layout"], r["direction"]) for r in records} == {("channels_last", "inference")}
     assert {r["dtype"] for r in records} == {"bf16", "fp32"}
+
+
+@pytest.mark.usefixtures("complete", "light")
+def test_a_run_that_is_interrupted_prints_and_keeps_what_it_has(tmp_path, monkeypatch, capsys):
+    measure, out = _bench_run.measure_cpu, tmp_path / "of" / "its own"
+
+    def interrupted(layers, x, dy, direction, effort):
+        if direction == "both":
+            assert (out / "layers.csv").read_text().count("\n") == 1 + len(LIGHT)  # written when measured
+            raise KeyboardInterrupt
+        return measure(layers, x, dy, direction, effort)
+
+    monkeypatch.setattr(_bench_run, "measure_cpu", interrupted)
+    command = ["bench", "--quick", "--shape", "4,6", "--out", str(out), "--direction"]
+    main([*command, "forward", "both"])
+    assert "4x6 fp32" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == [
+        "bandwidth.png",
+        "layers.csv",
+        "layers.json",
+        "speedup.png",  # no scaling.png: it would have one point
+    ]
+    with pytest.raises(SystemExit, match=r"^bench: interrupted, nothing was measured$"):
+        main([*command, "both"])
+
+
+@pytest.mark.usefixtures("complete", "light")
+@pytest.mark.parametrize("why", ["spread", "busy machine"])
+def test_times_that_are_not_to_be_trusted_are_marked(why, tmp_path, monkeypatch, capsys):
+    spread = {"spread": 0.0, "busy machine": 10.0}[why]
+    monkeypatch.setattr(_bench_run, "WIDE_SPREAD", spread)
+    monkeypatch.setattr("os.getloadavg", lambda: (20.0 if why == "busy machine" else 0.0, 0, 0))
+    main(["bench", "--quick", "--shape", "4,6", "--direction", "forward", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "layers.json").read_text())
+    assert all(row["unsteady"].startswith(why) for row in rows)
+    shown = capsys.readouterr().out
+    assert "?: a spread (20 to 80 %) above a quarter of the median, or a busy machine" in shown
+    assert all(f"{_bench_report.number(row['ms'])}?" in shown for row in rows if row["peer"] == OURS)
 
 
 @pytest.mark.usefixtures("complete", "light")
@@ -181,7 +228,10 @@ def test_the_resnet50_preset_holds_every_batch_normalisation():
 
 def test_a_missing_package_is_answered_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(benchmark, "EXTRAS", ("no_such_package",))
-    with pytest.raises(SystemExit, match=r"needs no_such_package: pip install 'triton_brn\[bench\]'"):
+    with pytest.raises(
+        SystemExit,
+        match=r"^bench needs no_such_package: pip install 'triton_brn\[bench\]', in a .* '\.\[bench\]'",
+    ):
         main(["bench"])
 
 
@@ -205,6 +255,7 @@ def test_a_missing_package_is_answered_with_the_command_that_installs_it(monkeyp
         ),
         (["--model", "resnet18", "--seconds", "9"], "argument --seconds: not allowed with argument --model"),
         (["--device", "no"], "argument --device"),
+        (["--shape", "4,5", "--out", __file__], "argument --out: [Errno 17]"),
         (["--device", "meta"], "argument --device: expected cpu or cuda, got meta"),
         (["--dtype", "int8"], "argument --dtype: invalid choice"),
         (["--model", "resnet18", "--dtype", "bf16"], "argument --dtype: not allowed with argument --model"),

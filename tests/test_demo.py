@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 import triton_brn
-from triton_brn import BatchRenorm2d
+from triton_brn import BatchRenorm2d, progress
 from triton_brn.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -19,7 +21,7 @@ def demo():
     """The demo, where its packages are installed."""
     from triton_brn import demo
 
-    if missing := demo.missing_extras():
+    if missing := progress.missing(demo.EXTRAS):
         pytest.skip(f"needs {', '.join(missing)}")
     return demo
 
@@ -97,11 +99,48 @@ def test_processes_table_and_figure(demo, training, tmp_path, capsys):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_says_how_long_it_takes_and_ends_in_one_line_when_interrupted(
+    demo, training, tmp_path, monkeypatch, capsys
+):
+    def interrupted(runs, processes):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "train_all", interrupted)
+    with pytest.raises(SystemExit, match=r"^demo: interrupted, nothing was drawn$"):
+        main(["demo", "--quick", "--seeds", "1", "--device", "cpu", "--out", str(tmp_path)])
+    assert re.search(
+        r"6 runs of 250 steps on cpu, .*; about \d+ (s|minutes)$", capsys.readouterr().out.strip()
+    )
+
+
+def test_where_nobody_watches_a_bar_is_a_line_a_minute(monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    now = iter(range(0, 100_000, 2))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    with progress.bar(1_000, "step") as bar:
+        for k in range(1_000):
+            bar.set_postfix_str(str(k))
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert 1_000 * 2 / 60 - 3 < len(lines) < 1_000 * 2 / 60 + 3
+    assert ["1000/1000" in line for line in lines[-2:]] == [False, True]
+    assert not any("\r" in line for line in lines)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"triton_brn {triton_brn.__version__}\n"
+
+
 def test_a_missing_package_is_answered_with_the_command_that_installs_it(monkeypatch):
     from triton_brn import demo
 
     monkeypatch.setattr(demo, "EXTRAS", ("no_such_package",))
-    with pytest.raises(SystemExit, match=r"needs no_such_package: pip install 'triton_brn\[demo\]'"):
+    with pytest.raises(
+        SystemExit,
+        match=r"^demo needs no_such_package: pip install 'triton_brn\[demo\]', in a .* '\.\[demo\]'",
+    ):
         main(["demo"])
 
 

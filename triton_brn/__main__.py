@@ -12,6 +12,7 @@ import torch
 from . import benchmark
 from .info import info
 from .validate import NAMED_DTYPES
+from .version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m triton_brn", description="Batch Renormalization for PyTorch"
     )
+    parser.add_argument("--version", action="version", version=f"triton_brn {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     about = commands.add_parser("info", help="versions, devices, and the launch plan for a shape")
     about.add_argument("--shape", type=benchmark.shape_of, help="N,C or N,C,...: how such an input is run")
@@ -26,8 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     about.add_argument("--channels-last", action="store_true", help="the input's memory format")
     demo = commands.add_parser("demo", help="BatchNorm against Batch Renormalization on 5,000 MNIST digits")
     demo.add_argument("--quick", action="store_true", help="a quarter of the steps")
-    demo.add_argument("--device", default="cpu", help="where to train (default: cpu)")
-    demo.add_argument("--out", default=".", help="folder or file of the figure (default: this folder)")
+    demo.add_argument("--device", help="where to train (default: the GPU if there is one, else cpu)")
+    demo.add_argument(
+        "--out", default="triton_brn_demo", help="folder or file of the figure (default: %(default)s)"
+    )
     demo.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
     _add_tune(commands)
     benchmark.add_command(commands)
@@ -45,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.seeds < 1:
         parser.error(f"argument --seeds: expected at least 1, got {args.seeds}")
     try:
-        torch.empty(1, device=args.device)
+        torch.empty(1, device=args.device or "cpu")
     except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
         parser.error(f"argument --device: {error}")
     from .demo import run_demo

@@ -51,6 +51,12 @@ class Budget:
         self.compiling = Compiling(compile_seconds)
         self.start = perf_counter()
 
+    def estimate(self, timers: int) -> float:
+        """Seconds that the run takes, about: unless there is a limit, what each direction may take, and as
+        much again for making the contestants of small inputs ready."""
+        most = self.directions * timers * self.most.seconds * 1.2 + self.compiling.seconds
+        return most if self.seconds is None else min(most, self.seconds)
+
     def next_effort(self, timers: int) -> Effort:
         """Of each timer of the next direction."""
         if self.seconds is None:

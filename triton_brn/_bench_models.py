@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import progress
 from ._bench_measure import (
     QUICK,
     Call,
@@ -213,16 +215,26 @@ def run_model(
         channels_last: images and weights in channels_last.
         out: a folder, made where there is none.
     """
-    from tqdm import tqdm
-
     from ._bench_report import print_models, write
 
     cuda = device.type == "cuda"
     image = 224 if cuda else 64
+    batches = batches or [32 if cuda else 4]
+    effort = QUICK if quick else MODEL_EFFORT
+    about = progress.minutes(len(batches) * effort.seconds * 1.2)
+    print(f"{name}, {len(batches)} batch sizes on {device}: about {about}", file=sys.stderr)
     rows: list[ModelRow] = []
-    for batch in tqdm(batches or [32 if cuda else 4], unit="batch"):
-        rows += measure_model(name, device, batch, image, channels_last, QUICK if quick else MODEL_EFFORT)
+    paths: list[Path] = []
+    with progress.bar(len(batches), "batch") as bar:
+        try:
+            for batch in batches:
+                rows += measure_model(name, device, batch, image, channels_last, effort)
+                paths = write(rows, Path(out), name)
+                bar.update()
+        except KeyboardInterrupt:
+            if not rows:
+                raise SystemExit("bench: interrupted, nothing was measured") from None
+            bar.write("Interrupted: what was measured follows.")
     print_models(rows)
-    paths = write(rows, Path(out), name)
     print(f"Written to {out}: {', '.join(path.name for path in paths)}")
     return rows

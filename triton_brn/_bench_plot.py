@@ -40,7 +40,8 @@ SPREAD = 0.055  # of an input's place, from one contestant to the next
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Save speedup.png, bandwidth.png and scaling.png; returns their paths, none if nothing was measured."""
+    """Save speedup.png, bandwidth.png and, of inputs that differ in one size, scaling.png; returns their
+    paths, none if nothing was measured."""
     measured = [row for row in rows if row.ms is not None]
     if not measured:
         return []
@@ -48,9 +49,11 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     figures = {"speedup": speedup, "bandwidth": bandwidth, "scaling": scaling}
     paths = []
     for name, figure_of in figures.items():
-        path = folder / f"{name}.png"
-        figure_of(measured).savefig(path, dpi=DPI)
-        paths.append(path)
+        figure = figure_of(measured)
+        if figure is not None:
+            path = folder / f"{name}.png"
+            figure.savefig(path, dpi=DPI)
+            paths.append(path)
     return paths
 
 
@@ -93,10 +96,12 @@ def bandwidth(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def scaling(rows: Sequence[Row]) -> Figure:
-    """Time against size, over inputs that differ in one size."""
+def scaling(rows: Sequence[Row]) -> Figure | None:
+    """Time against size, over inputs that differ in one size; None of fewer than two."""
     direction = _panels(rows, ("both",))[0]
     name, family = _family([row for row in rows if row.direction == direction])
+    if len({row.shape for row in family}) < 2:
+        return None
     figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     axis = figure.subplots()
     _title(figure, f"Scaling with size: {WORDS[direction]} of {name}", family)
@@ -175,6 +180,8 @@ def _title(figure: Figure, title: str, rows: Sequence[Row]) -> None:
     # Two texts of different looks in one place: the empty lines keep room for the second.
     figure.suptitle(f"{title}\n", fontsize=13, color=INK)
     below = f"{one.device}; {dtypes}; median, {how}; torch {one.torch}, Triton {one.triton}"
+    if any(row.unsteady for row in rows):
+        below += "; hollow: wide spread or busy machine"
     place = 1 - 0.36 / figure.get_figheight()
     figure.text(0.5, place, below, fontsize=9, color=FAINT, ha="center", va="top")
 
@@ -194,10 +201,11 @@ def _dot(axis: Any, row: Row, value: float, inputs: dict[tuple[str, str, str], i
     look: dict[str, Any] = {
         "s": 70 if ours else 60 if marker == "*" else 44,
         "zorder": 5 if ours else 3,
-        "linewidths": 0.6,
-        "edgecolors": "white",
+        "linewidths": 1.2 if row.unsteady else 0.6,
+        "facecolors": "white" if row.unsteady else colour,
+        "edgecolors": colour if row.unsteady else "white",
     }
-    axis.scatter(value, place, color=colour, marker=marker, **look)
+    axis.scatter(value, place, marker=marker, **look)
 
 
 def _log_axis(axis: Any, values: Sequence[float]) -> None:

@@ -53,10 +53,13 @@ def plan_of(row: Row) -> str:
     return row.strategy + (f" ({row.planned_by})" if row.planned_by not in ("", "planner") else "")
 
 
+#: Marks times that are not to be trusted, see ``Row.unsteady``.
+UNSTEADY = "?"
+
 #: Heading and cell of what the table says of ours; those that no row has are left out.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "plan": plan_of,
-    "ms": lambda row: number(row.ms),
+    "ms": lambda row: number(row.ms) + UNSTEADY * bool(row.unsteady),
     "20 %": lambda row: number(row.ms_q20),
     "80 %": lambda row: number(row.ms_q80),
     "graph\nms": lambda row: number(row.graph_ms),
@@ -89,7 +92,13 @@ def _of_ours(cell: Callable[[Row], str]) -> Callable[[Group], str]:
 
 
 def _faster_than(peer: str) -> Callable[[Group], str]:
-    return lambda group: number(group[peer].speedup) if peer in group else "-"
+    def cell(group: Group) -> str:
+        if peer not in group:
+            return "-"
+        unsteady = group[peer].unsteady or (OURS in group and group[OURS].unsteady)
+        return number(group[peer].speedup) + UNSTEADY * bool(unsteady)
+
+    return cell
 
 
 def print_table(
@@ -182,6 +191,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
             inputs.setdefault((row.peer, row.note), set()).add((row.shape, row.dtype, row.layout))
     everywhere = len({(row.shape, row.dtype, row.layout) for row in rows})
     lines = []
+    if any(row.unsteady for row in rows):
+        lines.append(f"{UNSTEADY}: a spread (20 to 80 %) above a quarter of the median, or a busy machine")
     for (peer, note), where in inputs.items():
         which = "" if len(where) == everywhere else f" ({len(where)} of {everywhere} inputs)"
         lines.append(f"{peer}: {note}{which}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -64,6 +65,7 @@ class Row:
     peak_mib: float | None = None  # CUDA: held by a call at most, beyond its inputs
     launches: int | None = None  # CUDA: kernels, fills and copies
     ideal_mb: float | None = None  # 1e6 bytes
+    unsteady: str = ""  # why the times are not to be trusted: a wide spread, a busy machine
     note: str = ""
     device: str = ""
     python: str = ""
@@ -93,6 +95,7 @@ class Measured:
     launches: dict[str, int] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
+    busy: str = ""  # what else the machine did
 
 
 def contestants(
@@ -126,11 +129,10 @@ def short(error: Exception) -> str:
 
 def measure(
     case: Case, directions: Sequence[str], device: torch.device, budget: Budget, bar: Any
-) -> list[Row]:
-    """All contestants on one input."""
+) -> Iterator[list[Row]]:
+    """All contestants on one input: the rows of each direction when it is measured."""
     x, dy = tensors = case.tensors(device)
     measure_how, timers = (measure_cuda, 3) if device.type == "cuda" else (measure_cpu, 1)
-    rows = []
     if budget.compiling.seconds:
         torch._dynamo.reset()  # what was compiled for another input only lengthens its search
     with backward_can_be_repeated():
@@ -138,11 +140,12 @@ def measure(
         layers, notes = contestants(case, tensors, directions, budget.compiling)
         for direction in directions:
             bar.set_postfix_str(f"{case}: {direction}")
+            busy = busy_machine() if device.type == "cpu" else ""
             measured = measure_how(layers, x, dy, direction, budget.next_effort(timers))
             measured.notes = {**notes, **measured.notes}
-            rows += stamped_rows(case, x, direction, layers, measured)
+            measured.busy = busy
+            yield stamped_rows(case, x, direction, layers, measured)
             bar.update()
-    return rows
 
 
 Layers = dict[str, tuple[Peer, nn.Module]]
@@ -194,6 +197,26 @@ def measure_cuda(layers: Layers, x: Tensor, dy: Tensor, direction: str, effort: 
     )
 
 
+#: From the 20 % to the 80 % quantile, over the median: with more, a ratio of two contestants says little.
+WIDE_SPREAD = 0.25
+
+
+def wide_spread(seconds: list[float] | None) -> str:
+    """The times' spread, if it is wide."""
+    if not seconds:
+        return ""
+    spread = (quantile(seconds, 0.8) - quantile(seconds, 0.2)) / statistics.median(seconds)
+    return f"spread {spread:.0%}" if spread > WIDE_SPREAD else ""
+
+
+def busy_machine() -> str:
+    """The load of the last minute, if others had a share in it."""
+    if not hasattr(os, "getloadavg"):  # Windows
+        return ""
+    load = os.getloadavg()[0]
+    return f"busy machine: load {load:.1f}" if load > torch.get_num_threads() + 0.5 else ""
+
+
 def stamped_rows(case: Case, x: Tensor, direction: str, layers: Layers, measured: Measured) -> list[Row]:
     """Rows that say what ran, and where."""
     measured.packages = {name: peer.version for name, (peer, _) in layers.items()}
@@ -226,6 +249,9 @@ def rows_of(
             values[f"{prefix}copy_percent"] = 100 * ideal / median / 1e9 / copy_gbps
             if OURS in times:
                 values[f"{prefix}speedup"] = ratio(times, name, OURS)
+        values["unsteady"] = "; ".join(
+            filter(None, (wide_spread(measured.graph.get(name) or measured.times.get(name)), measured.busy))
+        )
         if name in measured.wall:
             values["wall_ms"] = statistics.median(measured.wall[name]) * 1e3
         rows.append(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,19 +12,15 @@ from typing import Any
 
 import torch
 
+from . import progress
 from ._bench_cases import DIRECTIONS, ON_IMAGES, PRESETS, Case, Shape, default_cases, preset_shapes
 from .validate import NAMED_DTYPES
 
-EXTRAS = ("matplotlib", "rich", "tqdm")
+EXTRAS = ("matplotlib", "rich", "tqdm")  # those of peers are not needed
 MODELS = ("resnet18", "resnet50")
 #: Of a run of the default inputs, so that it is over in less than 3 minutes.
 SECONDS = 150.0
 COMPILE_SECONDS = 45.0
-
-
-def missing_extras() -> list[str]:
-    """The benchmark's packages that are not installed; those of peers are not needed."""
-    return [name for name in EXTRAS if importlib.util.find_spec(name) is None]
 
 
 def shape_of(text: str) -> Shape:
@@ -74,13 +69,17 @@ def add_command(commands: Any) -> None:
         help="of these for torch.compile at most (default: 45, at most 0.3 of --seconds; --quick: 0)",
     )
     add("--device", help="(default: the GPU if there is one, else cpu)")
-    add("--out", default="triton_brn_bench", help="folder of tables and figures (default: %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("triton_brn_bench"),
+        help="folder of tables and figures (default: %(default)s)",
+    )
 
 
 def command(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
     """Check the parsed arguments and run. ``error`` ends the program with its message."""
-    if missing := missing_extras():
-        raise SystemExit(f"The benchmark needs {', '.join(missing)}: pip install 'triton_brn[bench]'")
+    progress.require("bench", EXTRAS)
     device = _device(args.device, error)
     if args.batch is not None and min(args.batch) < 1:
         error(f"argument --batch: expected at least 1, got {min(args.batch)}")
@@ -92,6 +91,10 @@ def command(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
         given = getattr(args, name)
         if given is not None and not given >= 0:
             error(f"argument --{name.replace('_', '-')}: expected at least 0, got {given:g}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as wrong:
+        error(f"argument --out: {wrong}")
     if args.model:
         for name in ("shape", "preset", "dtype", "direction", "seconds", "compile_seconds"):
             if getattr(args, name) is not None:
@@ -198,8 +201,6 @@ def run_bench(
     Returns:
         The rows, one for each contestant, direction and input; see ``_bench_run.Row``.
     """
-    from tqdm import tqdm
-
     from . import _bench_plot as plot
     from ._bench_budget import Budget
     from ._bench_measure import QUICK, Effort, copy_bandwidth
@@ -207,25 +208,30 @@ def run_bench(
     from ._bench_run import measure
 
     device = torch.empty(1, device=device).device  # with its index
+    out = Path(out)
     start = time.perf_counter()
-    effort = QUICK if quick else Effort()
-    budget = Budget(effort, len(cases) * len(directions), seconds, compile_seconds)
+    count = len(cases) * len(directions)
+    budget = Budget(QUICK if quick else Effort(), count, seconds, compile_seconds)
     rows: list[Any] = []
-    print(f"{len(cases)} inputs, {len(directions)} directions on {device}", file=sys.stderr)
-    with _current(device), tqdm(total=len(cases) * len(directions), unit="direction", smoothing=0.1) as bar:
+    about = progress.minutes(budget.estimate(timers=3 if device.type == "cuda" else 1))
+    print(f"{len(cases)} inputs, {len(directions)} directions on {device}: about {about}", file=sys.stderr)
+    paths: list[Path] = []
+    with _current(device), progress.bar(count, "direction") as bar:
         bar.set_postfix_str("copy bandwidth")
         copy_bandwidth(device)
         try:
             for case in cases:
-                rows += measure(case, directions, device, budget, bar)
+                for found in measure(case, directions, device, budget, bar):
+                    rows += found
+                    paths = write(rows, out, "layers")  # after each direction: a run may be ended
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
         except KeyboardInterrupt:
             if not rows:
-                raise
+                raise SystemExit("bench: interrupted, nothing was measured") from None
             bar.write("Interrupted: what was measured follows.")
     print_tables(rows)
-    paths = [*write(rows, Path(out), "layers"), *plot.draw(rows, Path(out))]
+    paths += plot.draw(rows, out)
     print(
         f"Written to {out}: {', '.join(path.name for path in paths)}   ({time.perf_counter() - start:.0f} s)"
     )

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._demo_train import METHODS, SETTINGS, Run, Setting, train
+from . import progress
+from ._demo_train import METHODS, SETTINGS, Run, Setting, evaluation_steps, train
 from .backend import uses_triton
 
 EXTRAS = ("matplotlib", "mlxtend", "tqdm")
 STEPS, QUICK_STEPS = 1_000, 250
 MOST_PROCESSES = 8  # each takes about 400 MB
-
-
-def missing_extras() -> list[str]:
-    """The demo's packages that are not installed."""
-    return [name for name in EXTRAS if importlib.util.find_spec(name) is None]
 
 
 _steps_done: Any = None  # in a worker process: the counter that all of them share
@@ -75,11 +72,9 @@ def _finished(runs: Sequence[Run], processes: int, bar: Any) -> Iterator[Iterato
 
 def train_all(runs: Sequence[Run], processes: int) -> dict[Run, list[float]]:
     """Train all runs behind one progress bar, naming each as it ends."""
-    from tqdm import tqdm
-
     curves = {}
     with (
-        tqdm(total=sum(run.steps for run in runs), unit="step", smoothing=0.1) as bar,
+        progress.bar(sum(run.steps for run in runs), "step") as bar,
         _finished(runs, processes, bar) as finished,
     ):
         for run, curve in finished:
@@ -122,26 +117,65 @@ def _row(setting: str, *cells: str) -> str:
     return f"{setting:34}{''.join(f'{cell:22}' for cell in accuracies)}{gain:>6}"
 
 
-def run_demo(*, quick: bool = False, device: str = "cpu", out: str | Path = ".", seeds: int = 3) -> None:
-    """Train, draw the figure to ``out`` (a folder or a file) and print the table."""
-    if missing := missing_extras():
-        raise SystemExit(f"The demo needs {', '.join(missing)}: pip install 'triton_brn[demo]'")
+def seconds_of(runs: Sequence[Run], processes: int) -> float:
+    """About how long the runs take, by a few steps of each kind, in one thread, and an evaluation."""
+    threads = torch.get_num_threads()
+    if runs[0].device == "cpu":
+        torch.set_num_threads(1)
+    per_run = {}
+    for setting, method in dict.fromkeys((run.setting, run.method) for run in runs):
+        times = [time.perf_counter()]
+        run = Run(setting, method, 0, steps=12, device=runs[0].device)
+        train(run, lambda times=times: times.append(time.perf_counter()))  # type: ignore[misc]
+        *steps, last = (after - before for before, after in pairwise(times))
+        step = median(steps)
+        per_run[setting, method] = runs[0].steps * step + len(evaluation_steps(runs[0].steps)) * max(
+            last - step, 0.0
+        )
+    torch.set_num_threads(threads)
+    start = 4.0 if runs[0].device == "cpu" else 0.0  # of the processes: each imports torch
+    return start + sum(per_run[run.setting, run.method] for run in runs) / processes
+
+
+def run_demo(
+    *, quick: bool = False, device: str | None = None, out: str | Path = "triton_brn_demo", seeds: int = 3
+) -> None:
+    """Train, draw the figure to ``out`` (a folder or a file) and print the table.
+
+    Args:
+        quick: a quarter of the steps.
+        device: where to train; None: the GPU if there is one, else the CPU.
+        out: the figure's folder, made where there is none, or its file.
+        seeds: runs of each kind.
+
+    Raises:
+        SystemExit: packages of the extra ``demo`` are missing, or the run was interrupted.
+    """
+    progress.require("demo", EXTRAS)
     from ._demo_plot import draw
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     figure = Path(out)
     if not figure.suffix:
-        figure = figure / "triton_brn_demo.png"
+        figure = figure / "demo.png"
     figure.parent.mkdir(parents=True, exist_ok=True)
     steps = QUICK_STEPS if quick else STEPS
     # The longest runs first, so that the processes end together.
     order = [(setting, method) for method in reversed(METHODS) for setting in reversed(SETTINGS)]
     runs = [Run(setting, method, seed, steps, device) for setting, method in order for seed in range(seeds)]
-    processes = min(torch.get_num_threads(), MOST_PROCESSES, len(runs))
+    processes = min(torch.get_num_threads(), MOST_PROCESSES, len(runs)) if device == "cpu" else 1
     where = f"{processes} processes" if device == "cpu" else "one after the other"
     code = "the Triton kernels" if uses_triton(torch.device(device)) else "plain PyTorch"
-    print(f"{len(runs)} runs of {steps} steps on {device}, {where}; Batch Renorm by {code}")
     start = time.perf_counter()
-    curves = train_all(runs, processes)
+    try:
+        about = progress.minutes(seconds_of(runs, processes))
+        print(
+            f"{len(runs)} runs of {steps} steps on {device}, {where}; Batch Renorm by {code}; about {about}",
+            flush=True,
+        )
+        curves = train_all(runs, processes)
+    except KeyboardInterrupt:
+        raise SystemExit("demo: interrupted, nothing was drawn") from None
     print(f"\n{table(curves)}\n")
     draw(curves, figure)
     print(f"Figure: {figure}   ({time.perf_counter() - start:.0f} s)")
