@@ -16,7 +16,6 @@ from triton_brn import (
     _bench_peers,
     _bench_report,
     _bench_run,
-    candidates,
     tuning_table,
 )
 from triton_brn._bench_budget import Budget, Compiling
@@ -225,7 +224,7 @@ def test_a_tuned_plan_and_a_retreat_are_told_from_the_planners(monkeypatch, requ
     call.retreat(x, torch.float32)
     assert plans_of(x, "both") == [("two_launch", "retreat"), ("resident", "planner")]
     view = launch.view_of(x.shape, x.stride())
-    entry = tuning_table.Entry(candidates.choice_of(call.plan), 1.0, 2.0, True, view)
+    entry = tuning_table.Entry(call.plan.choice, 1.0, 2.0, True, view)
     monkeypatch.setattr(tuning_table, "look_up", lambda name, key: entry)
     launch.forget_calls()
     assert plans_of(x, "forward") == [("two_launch", "tuned")]

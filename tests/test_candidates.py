@@ -27,7 +27,7 @@ def test_candidates_keep_the_planners_limits(device: Device) -> None:
         VIEWS, (2, 4, 8), ("forward", "backward", "inference")
     ):
         for plan in candidates.strategies(direction, view, itemsize, device):
-            choice = candidates.choice_of(plan)
+            choice = plan.choice
             again = candidates.planned(choice, direction, view, itemsize, device)
             if not plan.waits or runs_at_once(plan, device):
                 assert again == plan, "the numbers of a plan make the plan"
@@ -43,7 +43,7 @@ def test_candidates_keep_the_planners_limits(device: Device) -> None:
 
 def test_tiles_on_their_way_fit_in_shared_memory() -> None:
     """A table may ask for more of them than a device holds."""
-    choice = candidates.Choice("two_launch", 1024, 8, 16, 1, 64, 8, stages=4)
+    choice = plans.Choice("two_launch", 1024, 8, 16, 1, 64, 8, stages=4)
     view = View(64, 64, 3136)
     for shared, fits in ((101_376, False), (232_448, True)):
         device = Device("cuda", 128, 89, (3, 9), shared=shared)

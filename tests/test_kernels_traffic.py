@@ -15,7 +15,7 @@ import torch
 from reference import inputs
 from test_kernels import check
 
-from triton_brn import planner, plans, views
+from triton_brn import limits, planner, plans, views
 from triton_brn.tuning import Size
 
 launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
@@ -101,7 +101,7 @@ def test_one_launch_moves_each_tensor_once(
         assert stats.spills == 0
         assert stats.inactive_shfl_reads == 0
         again = 0 if how.kept else (tensors - 1) / tensors  # in L2 the second pass finds what the first read
-        if how.tile.shape == "rows" and how.tile.width * case.x.element_size() == planner.HALF_SECTOR:
+        if how.tile.shape == "rows" and how.tile.width * case.x.element_size() == limits.HALF_SECTOR:
             again = 1  # every sector is touched by two programs
         assert sectors <= SECTORS[how.tile.shape] + again
         assert dram <= (DRAM_MORE if how.strategy == "blocked" and overflows_l2(case.x, tensors) else DRAM)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from triton_brn import tuning_table
-from triton_brn.candidates import Choice
+from triton_brn.plans import Choice
 from triton_brn.tuning_table import Entry
 from triton_brn.views import View
 

@@ -9,6 +9,7 @@ import torch
 
 from . import planner
 from .backend import obstacle, uses_triton
+from .limits import lacks
 from .plans import STRATEGIES, Device, Plan
 from .validate import NAMED_DTYPES
 from .version import __version__
@@ -55,7 +56,7 @@ def _properties(gpu: Device) -> Iterator[str]:
     yield f"{gpu.name}, {gpu.sms} multiprocessors of {gpu.registers:,} registers, warps of {gpu.warp}"
     yield f"L2: {gpu.l2 >> 20} MiB" if gpu.l2 else "L2: size not known"
     for strategy in STRATEGIES:
-        yield f"{strategy:14}{planner.lacks(strategy, gpu) or 'yes'}"
+        yield f"{strategy:14}{lacks(strategy, gpu) or 'yes'}"
 
 
 def _plans(view: View, dtype: torch.dtype, gpu: Device, where: torch.device | None) -> Iterator[str]:

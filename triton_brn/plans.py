@@ -1,4 +1,4 @@
-"""What is planned for, and what a plan is: a device, and one way to run a call on it."""
+"""What is planned for, and what a plan is: a device, one way to run a call on it, and that way in numbers."""
 
 from __future__ import annotations
 
@@ -75,3 +75,24 @@ class Plan:
     def waits(self) -> bool:
         """Whether programs wait for each other, and so must all run at the same time."""
         return self.strategy in ("cooperative", "blocked")
+
+    @property
+    def choice(self) -> Choice:
+        """The numbers of this plan."""
+        tile = self.tile
+        numbers = (tile.block, tile.width, self.num_warps, self.num_ctas, self.slots, self.splits)
+        return Choice(self.strategy, *numbers, tile.stages)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan in a few numbers, of which other sizes of the same magnitude make plans, see limits.Problem."""
+
+    strategy: str
+    block: int  # rows, or vectors, per tile; a tile that holds a whole channel follows the sizes
+    width: int  # elements of a row per tile; cooperative rows are a sector wide
+    warps: int
+    ctas: int = 1  # programs of a cluster
+    slots: int = 1  # channel groups served at a time, at most
+    splits: int = 1  # programs along a channel
+    stages: int = 1  # tiles of a loop on their way at a time: from 2 on they wait in shared memory

@@ -14,9 +14,8 @@ import triton
 from torch import Tensor
 
 from . import candidates, launch, planner
-from .candidates import Choice
 from .devices import INTERPRETED, device_of
-from .plans import Plan
+from .plans import Choice, Plan
 from .tuning import Size
 from .tuning_table import Entry
 from .views import view_of
@@ -62,8 +61,8 @@ def searched(direction: str, size: Size, deadline: float = math.inf, before: Ent
     keep = times[best] > default_us * (1 - MARGIN)
     best = default if keep else best
     _log.debug("%s %s: %d plans, best %s", direction, size, len(times), best)
-    choice = None if keep else candidates.choice_of(best)
-    tried = [] if finished else [(candidates.choice_of(plan), us) for plan, us in times.items()][1:]
+    choice = None if keep else best.choice
+    tried = [] if finished else [(plan.choice, us) for plan, us in times.items()][1:]
     kept = tuple((other, round(us, 3) if math.isfinite(us) else None) for other, us in tried)
     return Entry(choice, round(times[best], 3), round(default_us, 3), finished, scratch.view, kept)
 

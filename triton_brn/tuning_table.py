@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .candidates import Choice
-from .plans import STRATEGIES
+from .plans import STRATEGIES, Choice
 from .version import __version__
 from .views import View, addressing, power_of_two
 
