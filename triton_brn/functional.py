@@ -7,11 +7,15 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import eager, ops
 from .backend import uses_triton
+from .ops import is_traced
 from .ramp import Limit, Ramp, as_ramp
 from .validate import check_batch, check_numbers, check_tensors
 
@@ -69,6 +73,28 @@ def batch_renorm(
     Raises:
         TypeError, ValueError: an argument that cannot be served, by name; nothing has been changed.
     """
+    traced = is_traced(input)
+    if traced and not isinstance(input, Tensor):
+        if not has_torch_function_unary(input):
+            raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
+        return handle_torch_function(  # torch.fx passes stand-ins
+            batch_renorm,
+            (input,),
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            r_max=r_max,
+            d_max=d_max,
+            num_batches_tracked=num_batches_tracked,
+            running_average=running_average,
+        )
+    if traced and not training:
+        return traced_inference(input, running_mean, running_var, weight, bias, eps)
     settings = settings_of(momentum, eps, r_max, d_max, running_average)
     check_tensors(input, running_mean, running_var, weight, bias, num_batches_tracked)
     if weight is not None and not weight.is_contiguous():
@@ -82,7 +108,7 @@ def batch_renorm(
     check_batch(input, num_batches_tracked, settings)
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
     if needs_grad(input, weight, bias):
-        if ops.is_traced(input) or _are_functorch_transforms_active():
+        if traced or _are_functorch_transforms_active():
             return BatchRenorm.apply(*tensors, settings)
         if not input.is_cpu or not input.numel() or uses_triton(input.device):
             return _training(*tensors, settings)
@@ -91,9 +117,16 @@ def batch_renorm(
     return ops.forward(*tensors, *settings)[0]
 
 
+def traced_inference(x, running_mean, running_var, weight, bias, eps):  # type: ignore[no-untyped-def]
+    """By torch's own operator, which whoever traces knows: exported, folded into a convolution, fused."""
+    dtype = running_mean.dtype  # torch takes no half-precision weight beside float32 statistics
+    weight, bias = eager.in_dtype(weight, dtype), eager.in_dtype(bias, dtype)
+    return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+
+
 def settings_of(*numbers: Any) -> Settings:
     """momentum, eps, r_max, d_max and running_average, checked, as the ops take them."""
-    if torch.compiler.is_compiling():
+    if is_dynamo_compiling():
         return _settings_of(*numbers)
     try:
         return _settings_before(*numbers)

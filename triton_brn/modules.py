@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from .functional import batch_renorm
 from .ramp import Limit, Ramp, as_ramp
@@ -43,12 +45,14 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
 
     _ranks: tuple[int, ...] = ()
 
-    num_features: int
-    weight: nn.Parameter | None  # type: ignore[assignment]
-    bias: nn.Parameter | None  # type: ignore[assignment]
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
+    __jit_unused_properties__ = ("r_max", "d_max")
+
+    if TYPE_CHECKING:  # torch.jit.script reads annotations, and not all that Python has
+        weight: nn.Parameter | None  # type: ignore[assignment]
+        bias: nn.Parameter | None  # type: ignore[assignment]
+        running_mean: Tensor
+        running_var: Tensor
+        num_batches_tracked: Tensor
 
     def __init__(
         self,
@@ -81,6 +85,8 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
             if learned:
                 setattr(self, name, nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)))
         self.reset_parameters()
+        if type(self).__module__.partition(".")[0] == "triton_brn":  # not somebody's subclass
+            self.__module__ = nn.BatchNorm2d.__module__  # torch.fx keeps whole what is at home in torch.nn
 
     @property
     def r_max(self) -> Limit:
@@ -116,10 +122,10 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"input: expected {ranks} input for {type(self).__name__}, got {input.ndim}D")
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            return self._scripted(input)
         if input.ndim not in self._ranks:
             self._check_input_dim(input)
-        if input.shape[1] != self.num_features:
-            raise ValueError(f"input: expected {self.num_features} channels, got {input.shape[1]}")
         return batch_renorm(
             input,
             self.running_mean,
@@ -134,6 +140,18 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
             num_batches_tracked=self.num_batches_tracked,
             running_average=self.running_average,
         )
+
+    def _scripted(self, input: Tensor) -> Tensor:
+        """What torch.jit.script makes of the layer."""
+        if self.training:
+            raise RuntimeError(
+                "torch.jit.script: BatchRenorm layers are scripted for inference only: call .eval() on the "
+                "scripted model, and train the original, or compile it by torch.compile"
+            )
+        dtype = self.running_mean.dtype
+        weight = None if self.weight is None else self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.batch_norm(input, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
 
     def extra_repr(self) -> str:
         return (

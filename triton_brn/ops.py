@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _AutoDispatchBelowAutograd, _len_torch_dispatch_stack
+from torch._C import _AutoDispatchBelowAutograd, _is_tracing, _len_torch_dispatch_stack
+from torch.compiler import is_dynamo_compiling
 
 from . import eager
 from .backend import uses_triton
 
 NAMESPACE = "triton_brn"
 _library = torch.library.Library(NAMESPACE, "DEF")
-_tags = (torch.Tag.pt2_compliant_tag,)
+_tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 # saved is (5, C): mean, what rounding took from it, 1/sigma_B, r, d.
 # r_max and d_max are (start, stop, begin, end).
@@ -136,8 +137,13 @@ def _caller(name: str) -> Callable[..., Any]:
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether somebody looks on: a compiler, a subclass of Tensor, a dispatch mode."""
-    return torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS or bool(_len_torch_dispatch_stack())
+    """Whether somebody looks on: a compiler, jit.trace, fx, a subclass of Tensor, a dispatch mode."""
+    return (
+        type(x) not in _PLAIN_TENSORS
+        or is_dynamo_compiling()  # other compilers pass tensors of their own
+        or bool(_len_torch_dispatch_stack())
+        or _is_tracing()
+    )
 
 
 forward, inference, backward = (_caller(name) for name in ("forward", "inference", "backward"))

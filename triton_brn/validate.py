@@ -54,6 +54,8 @@ def check_tensors(
                 continue
             raise TypeError(f"{name}: expected a tensor, got None")
         if v.shape != shape or v.dtype not in dtypes or v.device != device:
+            if running_mean.shape == running_var.shape != shape and v.ndim == 1:  # as those of a layer
+                raise ValueError(f"input: expected {len(running_mean)} channels, got {x.shape[1]}")
             _refuse(name, v, x, dtypes)
         if dtypes is stats and (v.requires_grad or not v.is_contiguous()):
             raise ValueError(f"{name}: expected a contiguous tensor that does not require grad")
