@@ -67,6 +67,7 @@ def test_public_names() -> None:
         "BatchRenorm1d",
         "BatchRenorm2d",
         "BatchRenorm3d",
+        "Limit",
         "Ramp",
         "__version__",
         "batch_renorm",

@@ -11,7 +11,7 @@ from .convert import convert_batchnorm  # noqa: E402
 from .functional import batch_renorm  # noqa: E402
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d  # noqa: E402
 from .planner import forced_strategy  # noqa: E402
-from .ramp import Ramp  # noqa: E402
+from .ramp import Limit, Ramp  # noqa: E402
 from .tuning import tune  # noqa: E402
 from .version import __version__  # noqa: E402
 
@@ -19,6 +19,7 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "Limit",
     "Ramp",
     "__version__",
     "batch_renorm",

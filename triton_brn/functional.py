@@ -17,7 +17,7 @@ from . import eager, ops
 from .backend import uses_triton
 from .ops import is_traced
 from .ramp import Limit, Ramp, as_ramp
-from .validate import check_batch, check_numbers, check_tensors
+from .validate import Average, check_batch, check_numbers, check_tensors
 
 Settings: TypeAlias = tuple[float, float, list[float], list[float], bool]
 
@@ -35,7 +35,7 @@ def batch_renorm(
     r_max: Limit = 3.0,
     d_max: Limit = 5.0,
     num_batches_tracked: Tensor | None = None,
-    running_average: str = "std",
+    running_average: Average = "std",
 ) -> Tensor:
     """Batch Renormalization (Ioffe 2017, Algorithm 1) over every axis but the second.
 
@@ -135,12 +135,12 @@ def settings_of(*numbers: Any) -> Settings:
 
 
 def _settings_of(
-    momentum: float | None, eps: float, r_max: Limit, d_max: Limit, running_average: str
+    momentum: float | None, eps: float, r_max: Limit, d_max: Limit, running_average: Average
 ) -> Settings:
     check_numbers(momentum, eps, running_average)
     r_ramp, d_ramp = as_ramp("r_max", r_max, 1.0), as_ramp("d_max", d_max, 0.0)
-    alpha = -1.0 if momentum is None else momentum
-    return alpha, eps, limits(r_ramp), limits(d_ramp), running_average == "std"
+    alpha = -1.0 if momentum is None else float(momentum)
+    return alpha, float(eps), limits(r_ramp), limits(d_ramp), running_average == "std"
 
 
 _settings_before = functools.lru_cache(maxsize=256, typed=True)(_settings_of)

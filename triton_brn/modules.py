@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from .functional import batch_renorm
-from .ramp import Limit, Ramp, as_ramp
-from .validate import check_numbers, statistics_dtype
+from .ramp import Limit, Ramp, as_ramp, plain
+from .validate import HALVES, Average, check_layer, check_numbers, statistics_dtype
 
 
 class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
@@ -38,7 +39,17 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
 
     The layers are torch.nn.BatchNorm1d, 2d and 3d to whoever asks isinstance, so what looks for those finds
     them. torch.nn.SyncBatchNorm.convert_sync_batchnorm then replaces them by SyncBatchNorm, as it does every
-    BatchNorm: batch renorm is lost.
+    BatchNorm: batch renorm is lost. timm's unfreeze_batch_norm_2d gives BatchNorm2d back likewise.
+
+    Set to False later, ``track_running_stats`` keeps the running statistics and the counter as they are: a
+    training batch is still normalised by itself and corrected towards them. Where
+    torch.func.replace_all_batch_norm_modules_ has taken the running statistics away, the layer is batch norm.
+    With ``momentum=None`` and limits that are numbers, the first batch is not corrected: there is no average
+    yet. So torch.optim.swa_utils.update_bn gives the cumulative average of the running statistics.
+
+    Statistics in half precision lose what they are to remember. load_state_dict(assign=True) takes them as
+    float32, weights likewise unless the layer's are in half precision already; a forward that finds them
+    (FSDP's buffer_dtype) makes them float32, with a warning.
 
     See ``batch_renorm`` for the mathematics and the errors.
     """
@@ -67,16 +78,13 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
         bias: bool = True,
         r_max: Limit = Ramp(1.0, 3.0, begin=5_000, end=40_000),
         d_max: Limit = Ramp(0.0, 5.0, begin=5_000, end=25_000),
-        running_average: str = "std",
+        running_average: Average = "std",
     ) -> None:
         check_numbers(momentum, eps, running_average)
-        if not track_running_stats:
-            raise ValueError(
-                "track_running_stats: expected True, got False: without running statistics batch renorm is "
-                "batch norm, use torch.nn.BatchNorm"
-            )
+        check_layer(num_features, track_running_stats)
+        momentum = momentum if momentum is None else plain(momentum)
         stats = statistics_dtype(dtype or torch.get_default_dtype())
-        super().__init__(num_features, eps, momentum, False, True, device, stats)
+        super().__init__(int(num_features), plain(eps), momentum, False, True, device, stats)
         self.affine = affine
         self.r_max = r_max
         self.d_max = d_max
@@ -95,8 +103,7 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
 
     @r_max.setter
     def r_max(self, limit: Limit) -> None:
-        as_ramp("r_max", limit, 1.0)
-        self._r_max = limit
+        self._r_max, self._r_max_of_averages = checked_limit("r_max", limit, 1.0)
 
     @property
     def d_max(self) -> Limit:
@@ -105,8 +112,7 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
 
     @d_max.setter
     def d_max(self, limit: Limit) -> None:
-        as_ramp("d_max", limit, 0.0)
-        self._d_max = limit
+        self._d_max, self._d_max_of_averages = checked_limit("d_max", limit, 0.0)
 
     def reset_parameters(self) -> None:
         """As torch.nn.BatchNorm: weight 1, bias 0, running statistics reset."""
@@ -126,18 +132,29 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
             return self._scripted(input)
         if input.ndim not in self._ranks:
             self._check_input_dim(input)
+        mean, var, step = self.running_mean, self.running_var, self.num_batches_tracked
+        r_max, d_max = self._r_max, self._d_max
+        if self.momentum is None:
+            r_max, d_max = self._r_max_of_averages, self._d_max_of_averages
+        if not self.track_running_stats:
+            if mean is None or var is None:
+                return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+            if self.training:
+                mean, var, step = mean.clone(), var.clone(), step.clone()
+        elif mean.dtype in HALVES:
+            self._restore_statistics()
         return batch_renorm(
             input,
-            self.running_mean,
-            self.running_var,
+            mean,
+            var,
             self.weight,
             self.bias,
             training=self.training,
             momentum=self.momentum,
             eps=self.eps,
-            r_max=self._r_max,
-            d_max=self._d_max,
-            num_batches_tracked=self.num_batches_tracked,
+            r_max=r_max,
+            d_max=d_max,
+            num_batches_tracked=step,
             running_average=self.running_average,
         )
 
@@ -161,21 +178,61 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BatchRenorm:
-        def keep_float32(t: Tensor) -> Tensor:
+        def kept(t: Tensor) -> Tensor:
             out = fn(t)
-            lowered = out.dtype in (torch.float16, torch.bfloat16) and out.dtype != t.dtype
-            return t.float().to(out.device) if lowered else out
+            if out.dtype == t.dtype:
+                return out
+            if not t.is_floating_point():  # Module.type casts the counter too
+                return t.to(out.device)
+            return t.float().to(out.device) if out.dtype in HALVES else out
 
-        return super()._apply(keep_float32, recurse)
+        return super()._apply(kept, recurse)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        key = prefix + "num_batches_tracked"
-        if local_metadata.get("version", 1) < 2 and key not in state_dict:
-            counter = self.num_batches_tracked  # the checkpoint is older than the counter
-            state_dict[key] = torch.zeros_like(counter, device="cpu") if counter.is_meta else counter
+        if local_metadata.get("assign_to_params_buffers", False):
+            self._cast_entries(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _cast_entries(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Entries that take the place of ours get the dtypes that a forward can use."""
+
+        def cast(name: str, dtype: torch.dtype) -> None:
+            entry = state_dict.get(prefix + name)
+            if isinstance(entry, Tensor) and entry.dtype != dtype:
+                state_dict[prefix + name] = entry.detach().to(dtype)
+
+        learned = self.weight
+        for name in ("weight", "bias"):
+            entry = state_dict.get(prefix + name)
+            if isinstance(entry, Tensor) and learned is not None and entry.dtype in HALVES:
+                cast(name, learned.dtype if learned.dtype in HALVES else torch.float32)
+        like = state_dict.get(prefix + ("running_mean" if learned is None else "weight"))
+        if isinstance(like, Tensor):
+            cast("running_mean", statistics_dtype(like.dtype))
+            cast("running_var", statistics_dtype(like.dtype))
+        cast("num_batches_tracked", torch.int64)
+
+    def _restore_statistics(self) -> None:
+        """Undo a cast that did not come through ``_apply``."""
+        warnings.warn(
+            f"running statistics in {self.running_mean.dtype} become float32, as they have to accumulate "
+            "small updates. With FSDP, buffer_dtype=torch.float32 keeps what the cast rounds off.",
+            stacklevel=5,  # whoever calls the layer,
+        )
+        for statistics in (self.running_mean, self.running_var):
+            statistics.data = statistics.data.float()
+
+
+def checked_limit(name: str, limit: Limit, neutral: float) -> tuple[Limit, Limit]:
+    """A user's limit, and what it is for cumulative averages: these begin with the first batch, which has
+    none to be corrected towards."""
+    ramp = as_ramp(name, limit, neutral)
+    if isinstance(limit, Ramp):
+        return limit, limit
+    finite = min(ramp.stop, 1e30)  # what a Ramp takes; float32 holds 1e8 times it
+    return limit if limit is None else plain(limit), Ramp(neutral, finite, 0, 1)
 
 
 class BatchRenorm1d(_BatchRenorm, nn.BatchNorm1d):

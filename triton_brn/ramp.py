@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from numbers import Integral, Real
+from typing import Any, TypeAlias, TypeGuard
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Ramp:
     ``Ramp(1.0, 3.0, begin=5_000, end=40_000)``.
 
     Raises:
+        TypeError: a field is no number.
         ValueError: ``end < begin``, or a number that is negative or NaN.
     """
 
@@ -28,6 +30,8 @@ class Ramp:
     end: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("start", "stop", "begin", "end"):
+            object.__setattr__(self, name, plain(getattr(self, name), f"Ramp: expected a number as {name}"))
         if not 0 <= self.begin <= self.end:
             raise ValueError(f"Ramp: expected 0 <= begin <= end, got begin={self.begin}, end={self.end}")
         for name in ("start", "stop"):
@@ -44,6 +48,22 @@ class Ramp:
         return self.start + (self.stop - self.start) * (step - self.begin) / (self.end - self.begin)
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is an integer or real number, numpy's included."""
+    return isinstance(value, (int, float, Real))  # in this order: Real takes longer to see
+
+
+def plain(number: float, expected: str = "expected a number") -> Any:
+    """Python's int or float for ``number``, which may be numpy's.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    if not is_number(number):
+        raise TypeError(f"{expected}, got {number!r}")
+    return int(number) if isinstance(number, Integral) else float(number)
+
+
 #: A clipping limit as users write it: a number, None for no clipping, or a Ramp.
 Limit: TypeAlias = "float | Ramp | None"
 
@@ -52,7 +72,7 @@ def as_ramp(name: str, limit: Limit, least: float) -> Ramp:
     """The Ramp that a user's limit means; ``least`` is the smallest value that makes sense."""
     if limit is None:
         limit = math.inf
-    elif not isinstance(limit, (int, float, Ramp)) or isinstance(limit, bool):
+    elif isinstance(limit, bool) or not (isinstance(limit, Ramp) or is_number(limit)):
         raise TypeError(f"{name}: expected a number, None or a Ramp, got {type(limit).__name__}")
     smallest = min(limit.start, limit.stop) if isinstance(limit, Ramp) else limit
     if not smallest >= least:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from .ramp import is_number
+
 #: The dtypes of inputs, by their names on the command line.
 NAMED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 DTYPES = tuple(NAMED_DTYPES.values())
-AVERAGES = ("std", "var")
+HALVES = (torch.float16, torch.bfloat16)
+Average: TypeAlias = Literal["std", "var"]
+AVERAGES = get_args(Average)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -19,12 +24,26 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_numbers(momentum: float | None, eps: float, running_average: str) -> None:
-    if momentum is not None and not (isinstance(momentum, (int, float)) and 0.0 <= momentum <= 1.0):
+    if momentum is not None and not (is_number(momentum) and 0.0 <= momentum <= 1.0):
         raise ValueError(f"momentum: expected None or a number in [0, 1], got {momentum!r}")
-    if not (isinstance(eps, (int, float)) and 0.0 <= eps < float("inf")):
+    if not (is_number(eps) and 0.0 <= eps < float("inf")):
         raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}")
     if running_average not in AVERAGES:
         raise ValueError(f"running_average: expected 'std' or 'var', got {running_average!r}")
+
+
+def check_layer(num_features: int, track_running_stats: bool) -> None:
+    try:
+        channels = operator.index(num_features)
+    except TypeError:
+        raise TypeError(f"num_features: expected an integer >= 0, got {num_features!r}") from None
+    if channels < 0:
+        raise ValueError(f"num_features: expected an integer >= 0, got {channels}")
+    if not track_running_stats:
+        raise ValueError(
+            "track_running_stats: expected True, got False: batch renorm without running statistics is batch "
+            "norm, for which there is torch.nn.BatchNorm"
+        )
 
 
 def check_tensors(
