@@ -7,6 +7,7 @@ if not (_here / "kernels" / "__init__.py").is_file() and (_here.parent / "pyproj
     # A plain checkout: triton_brn.kernels is the folder kernels/ beside this package.
     __path__.append(str(_here.parent))
 
+from . import fusers as _fusers  # noqa: E402
 from .convert import convert_batchnorm  # noqa: E402
 from .functional import batch_renorm  # noqa: E402
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d  # noqa: E402
@@ -27,3 +28,5 @@ __all__ = [
     "forced_strategy",
     "tune",
 ]
+
+_fusers.register()
