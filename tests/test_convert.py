@@ -96,21 +96,17 @@ def test_a_bad_option_leaves_the_model_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("tracked", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_dtypes(dtype: torch.dtype, tracked: bool, affine: bool) -> None:
-    old = nn.BatchNorm1d(3, affine=affine, track_running_stats=tracked).to(dtype)
-    if tracked:
-        old.running_var.fill_(2.5)
+def test_dtypes(dtype: torch.dtype, affine: bool) -> None:
+    old = nn.BatchNorm1d(3, affine=affine).to(dtype)
+    old.running_var.fill_(2.5)
     new = convert_batchnorm(old)
-    stats = torch.float64 if dtype == torch.float64 and (affine or tracked) else torch.float32
+    stats = torch.float64 if dtype == torch.float64 else torch.float32
     assert (new.running_mean.dtype, new.running_var.dtype) == (stats, stats)
-    assert new.running_var.tolist() == [2.5 if tracked else 1.0] * 3
-    if affine:
-        assert new.weight is old.weight
-        assert new.bias is old.bias
-    if affine or tracked or dtype != torch.float64:
-        assert new(torch.randn(8, 3, dtype=dtype)).dtype == dtype
+    assert new.running_var.tolist() == [2.5] * 3
+    assert (new.affine, new.weight, new.bias) == (affine, old.weight, old.bias)
+    assert new(torch.randn(8, 3, dtype=dtype)).dtype == dtype
+    assert old.running_mean.dtype == dtype
 
 
 def test_devices() -> None:
@@ -118,16 +114,80 @@ def test_devices() -> None:
     assert {t.device.type for t in net.state_dict().values()} == {"meta"}
 
 
-def test_subclasses_are_left_alone_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    net = nn.Sequential(nn.SyncBatchNorm(3), nn.LazyBatchNorm1d(), nn.GroupNorm(1, 3), nn.InstanceNorm2d(3))
-    before = list(net)
-    with caplog.at_level(logging.WARNING):
+class Scaled(nn.BatchNorm2d):
+    """A subclass that does more than its norm."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def left_alone() -> list[nn.Module]:
+    """Layers that are not converted."""
+    untracked = nn.BatchNorm2d(3, track_running_stats=False)
+    switched = nn.BatchNorm2d(3)
+    switched.track_running_stats = False  # torch then neither reads nor updates them in training
+    return [Scaled(3), Scaled(3), nn.LazyBatchNorm1d(), untracked, switched]
+
+
+def test_one_line_says_what_was_converted_and_what_was_left(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3), *left_alone())
+    net += nn.Sequential(nn.GroupNorm(1, 3), nn.InstanceNorm2d(3, affine=True, track_running_stats=True))
+    before, kinds = list(net), [type(m) for m in net]
+    with caplog.at_level(logging.INFO, "triton_brn"):
+        assert convert_batchnorm(net) is net
+    assert list(net) == before
+    assert [type(m) for m in net] == [BatchRenorm1d, BatchRenorm2d, BatchRenorm2d, *kinds[3:]]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == (
+        "convert_batchnorm: 3 converted (1 BatchNorm1d to BatchRenorm1d, 2 BatchNorm2d to BatchRenorm2d); "
+        "2 left (3, 4: Scaled, a subclass of BatchNorm2d that may do more: name it in classes= "
+        "if it does not); "
+        "1 left (5: LazyBatchNorm1d, not initialised: run a batch first); "
+        "2 left (6, 7: BatchNorm2d, without running statistics)"
+    )
+
+
+def test_where_nothing_is_left_the_line_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "triton_brn"):
+        convert_batchnorm(Net())
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert "2 converted" in record.getMessage()
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_nothing_converted_is_an_error_that_says_why(number: int) -> None:
+    with pytest.raises(ValueError, match=r"^convert_batchnorm: nothing was converted; 1 left \(1: "):
+        convert_batchnorm(nn.Sequential(nn.ReLU(), left_alone()[number]))
+    with pytest.raises(ValueError, match=r"nothing was converted; 1 left \(itself: "):
+        convert_batchnorm(left_alone()[number])
+
+
+def test_a_model_without_batchnorm_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"nothing was converted: the module has no BatchNorm$"):
+        convert_batchnorm(nn.Sequential(nn.Linear(2, 3), nn.GroupNorm(1, 3)))
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got list$"):
+        convert_batchnorm([nn.BatchNorm1d(3)])
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4), (6, 3, 2, 2), (2, 3, 2, 2, 2)])
+def test_syncbatchnorm_takes_every_rank_and_is_told_once(
+    shape: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    net = nn.Sequential(nn.SyncBatchNorm(3), nn.ReLU(), nn.SyncBatchNorm(3))
+    x = torch.randn(shape)
+    expected = copy.deepcopy(net).eval()(x)
+    with caplog.at_level(logging.INFO, "triton_brn"):
         convert_batchnorm(net)
-    assert all(a is b for a, b in zip(net, before, strict=True))
-    messages = [record.getMessage() for record in caplog.records]
-    assert [m for m in messages if "SyncBatchNorm" in m]
-    assert [m for m in messages if "LazyBatchNorm1d" in m]
-    assert len(messages) == 2
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().endswith("SyncBatchNorm: each process now has statistics of its own")
+    assert type(net[0]) is BatchRenorm2d
+    assert not [m for m in net if isinstance(m, nn.SyncBatchNorm)]
+    assert net(x).shape == shape
+    assert copy.deepcopy(convert_batchnorm(nn.Sequential(nn.SyncBatchNorm(3))))(x).shape == shape
+    torch.testing.assert_close(convert_batchnorm(nn.SyncBatchNorm(3)).eval()(x).relu(), expected)
 
 
 def test_training_goes_on_after_conversion() -> None:

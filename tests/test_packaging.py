@@ -67,12 +67,15 @@ def test_public_names() -> None:
         "BatchRenorm1d",
         "BatchRenorm2d",
         "BatchRenorm3d",
+        "BatchRenormAct2d",
         "Limit",
         "Ramp",
         "__version__",
         "batch_renorm",
         "convert_batchnorm",
+        "convert_batchrenorm",
         "forced_strategy",
+        "revert_to_batchnorm",
         "tune",
     ]
     for name in triton_brn.__all__:

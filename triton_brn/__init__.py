@@ -8,7 +8,9 @@ if not (_here / "kernels" / "__init__.py").is_file() and (_here.parent / "pyproj
     __path__.append(str(_here.parent))
 
 from . import fusers as _fusers  # noqa: E402
-from .convert import convert_batchnorm  # noqa: E402
+from .activated import BatchRenormAct2d  # noqa: E402
+from .convert import convert_batchnorm, revert_to_batchnorm  # noqa: E402
+from .foreign import convert_batchrenorm  # noqa: E402
 from .functional import batch_renorm  # noqa: E402
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d  # noqa: E402
 from .planner import forced_strategy  # noqa: E402
@@ -20,12 +22,15 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "BatchRenormAct2d",
     "Limit",
     "Ramp",
     "__version__",
     "batch_renorm",
     "convert_batchnorm",
+    "convert_batchrenorm",
     "forced_strategy",
+    "revert_to_batchnorm",
     "tune",
 ]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from .functional import batch_renorm
+from .names import understand
 from .ramp import Limit, Ramp, as_ramp, plain
 from .validate import HALVES, Average, check_layer, check_numbers, statistics_dtype
 
@@ -84,7 +85,7 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
         check_layer(num_features, track_running_stats)
         momentum = momentum if momentum is None else plain(momentum)
         stats = statistics_dtype(dtype or torch.get_default_dtype())
-        super().__init__(int(num_features), plain(eps), momentum, False, True, device, stats)
+        super().__init__(int(num_features), plain(eps), momentum, False, True, device=device, dtype=stats)
         self.affine = affine
         self.r_max = r_max
         self.d_max = d_max
@@ -191,6 +192,7 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
+        understand(state_dict, prefix, self.eps, self.affine)
         if local_metadata.get("assign_to_params_buffers", False):
             self._cast_entries(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
