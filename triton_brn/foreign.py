@@ -12,6 +12,7 @@ from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm
 from .names import OF_STABLE_BASELINES
 from .ramp import Ramp
 from .swap import Change, Left, change, change_all, kind_of, share_hooks
+from .validate import Average
 
 
 def convert_batchrenorm(module: nn.Module) -> nn.Module:
@@ -117,7 +118,7 @@ def _of_ludvb(name: str, layer: Any) -> Change:
     return Change(kind, replacement=like)  # a ScriptModule cannot change its class
 
 
-def _like(layer: Any, kind: type[_BatchRenorm], average: str, eps: float | None = None) -> _BatchRenorm:
+def _like(layer: Any, kind: type[_BatchRenorm], average: Average, eps: float | None = None) -> _BatchRenorm:
     features = len(layer.bias)
     like = kind(
         features, layer.eps if eps is None else eps, layer.momentum, device="meta", running_average=average
