@@ -224,6 +224,17 @@ def store_saved(saved, mean, rest, rstd, r, d, channel, exists, channels):
 
 
 @triton.jit
+def load_saved(saved, channel, exists, channels):
+    """What ``store_saved`` stored of these channels."""
+    mean = tl.load(saved + channel, mask=exists, other=0.0)
+    rest = tl.load(saved + channels + channel, mask=exists, other=0.0)
+    rstd = tl.load(saved + 2 * channels + channel, mask=exists, other=0.0)
+    r = tl.load(saved + 3 * channels + channel, mask=exists, other=0.0)
+    d = tl.load(saved + 4 * channels + channel, mask=exists, other=0.0)
+    return mean, rest, rstd, r, d
+
+
+@triton.jit
 def load_affine(affine, channel, exists, STAT: tl.constexpr):
     """gamma and beta of these channels; (1, 0) where the layer has none."""
     weight, bias = affine

@@ -13,7 +13,7 @@ from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutogra
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from . import eager, ops
+from . import checkpointing, eager, ops
 from .backend import uses_triton
 from .ops import is_traced
 from .ramp import Limit, Ramp, as_ramp
@@ -101,12 +101,14 @@ def batch_renorm(
         weight = weight.contiguous()
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
-    if not training:
+    if not training and (traced or not checkpointing.trained(running_mean)):
         if needs_grad(input, weight, bias):
             return BatchRenormInference.apply(input, weight, bias, running_mean, running_var, eps)
         return ops.inference(input, weight, bias, running_mean, running_var, eps, False)[0]
     check_batch(input, num_batches_tracked, settings)
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
+    if (not traced or not is_dynamo_compiling()) and checkpointing.acts() and input.numel():
+        return _repeated(tensors, settings, traced)
     if needs_grad(input, weight, bias):
         if traced or _are_functorch_transforms_active():
             return BatchRenorm.apply(*tensors, settings)
@@ -181,11 +183,7 @@ class PlainBatchRenorm(torch.autograd.Function):
     def forward(ctx: Any, x, weight, bias, running_mean, running_var, step, settings):  # type: ignore[no-untyped-def]
         with _AutoDispatchBelowAutograd():  # saves 2 us per torch operation where inputs require grad
             y, saved = eager.forward(x, weight, bias, running_mean, running_var, step, *settings)
-        # As many tensors as torch's batch norm saves, which serves while r = 1, d = 0: checkpointing counts
-        # them. The correction belongs to this forward, whatever a second one makes of x.
-        mean, rest, rstd, *ctx.correction = saved
-        ctx.save_for_backward(x, weight, mean, rstd, *([] if rest is None else [rest]))
-        ctx.eps = settings[1]
+        _save(ctx, x, weight, saved, settings[1])
         return y
 
     @staticmethod
@@ -193,6 +191,12 @@ class PlainBatchRenorm(torch.autograd.Function):
         x, weight, mean, rstd, *rest = ctx.saved_tensors
         saved = eager.Saved(mean, rest[0] if rest else None, rstd, *ctx.correction)
         return (*_gradients(_plain_backward, True, ctx, dy, x, weight, saved), None, None, None, None)
+
+
+def _save(ctx: Any, x: Tensor, weight: Tensor | None, saved: eager.Saved, eps: float) -> None:
+    mean, rest, rstd, *ctx.correction, _ = saved
+    ctx.save_for_backward(x, weight, mean, rstd, *([] if rest is None else [rest]))
+    ctx.eps = eps
 
 
 def _plain_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -203,6 +207,53 @@ def _plain_backward(*args: Any) -> tuple[Tensor, ...]:
 # ``apply`` without what torch adds for functorch, which costs 6 us.
 _training = super(torch.autograd.Function, BatchRenorm).apply
 _plain_training = super(torch.autograd.Function, PlainBatchRenorm).apply
+
+
+def _repeated(tensors: Any, settings: Any, traced: bool) -> Tensor:
+    """A training call that may run again, or runs again: see checkpointing.py."""
+    x, weight, bias, running_mean, *_ = tensors
+    where = checkpointing.place(running_mean)
+    kept = where.again(x, running_mean)
+    function: Any = RepeatedPlainBatchRenorm
+    if traced or not x.is_cpu or uses_triton(x.device):
+        function = RepeatedBatchRenorm
+        with _AutoDispatchBelowAutograd(), checkpointing.acting(where, kept):
+            made = ops.repeated_forward(*tensors, *settings)
+    elif kept is None:
+        y = eager.batch_norm(*tensors, *settings)
+        if y is not None:
+            where.keep(x, running_mean, None)
+            return y
+        with _AutoDispatchBelowAutograd():
+            made = eager.forward(*tensors, *settings)
+        where.keep(x, running_mean, made[1])
+    elif kept.numbers is None:
+        return eager.batch_norm_again(x, weight, bias, settings[1])[0]
+    else:
+        with _AutoDispatchBelowAutograd():
+            made = eager.again(x, kept.numbers), kept.numbers
+    return function.apply(x, weight, bias, made, settings[1]) if needs_grad(x, weight, bias) else made[0]
+
+
+class RepeatedBatchRenorm(BatchRenorm):
+    """``BatchRenorm`` of what ``forward`` returned."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, made, eps):  # type: ignore[no-untyped-def,override]
+        y, saved = made
+        ctx.save_for_backward(x, weight, saved)
+        ctx.eps = eps
+        return y
+
+
+class RepeatedPlainBatchRenorm(PlainBatchRenorm):
+    """``PlainBatchRenorm`` of what ``eager.forward`` returned."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, made, eps):  # type: ignore[no-untyped-def,override]
+        y, saved = made
+        _save(ctx, x, weight, saved, eps)
+        return y
 
 
 class BatchRenormInference(torch.autograd.Function):

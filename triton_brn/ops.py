@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd, _is_tracing, _len_torch_dispatch_stack
 from torch.compiler import is_dynamo_compiling
 
-from . import eager
+from . import checkpointing, eager
 from .backend import uses_triton
 
 NAMESPACE = "triton_brn"
@@ -50,6 +50,15 @@ class _Eager:
         y, saved = eager.forward(*args)
         return y, eager.stacked(saved)
 
+    @staticmethod
+    def kept_forward(*args: Any) -> tuple[Tensor, Tensor, Any]:
+        y, saved = eager.forward(*args)
+        return y, eager.stacked(saved), saved
+
+    @staticmethod
+    def again(x: Tensor, weight: Any, bias: Any, saved: eager.Saved) -> tuple[Tensor, Tensor]:
+        return eager.again(x, saved), eager.stacked(saved)
+
     inference = staticmethod(eager.inference)
 
     @staticmethod
@@ -82,6 +91,21 @@ def _operator(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _repeated_forward(*args: Any) -> Any:
+    """``forward`` where it may run again, or runs again: see checkpointing.py."""
+    x, weight, bias, running_mean = args[:4]
+    if not checkpointing.acts() or x.numel() == 0:
+        return _implementations["forward"](*args)
+    with _AutoDispatchBelowAutograd():
+        where, kept = checkpointing.call_of(x, running_mean)
+        backend = _backend(x.device)
+        if kept is not None:
+            return backend.again(x, weight, bias, kept.numbers)
+        y, saved, numbers = backend.kept_forward(*args)
+        where.keep(x, running_mean, numbers)
+        return y, saved
+
+
 def _forward_fake(x, weight, bias, running_mean, running_var, *_):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), running_mean.new_empty((5, x.shape[1]))
 
@@ -104,7 +128,11 @@ for _name, _fake in (
     ("backward", _backward_fake),
 ):
     _implementations[_name] = _operator(_name, _fake)
-    _library.impl(_name, _implementations[_name], "CompositeExplicitAutograd")
+    _library.impl(
+        _name,
+        _repeated_forward if _name == "forward" else _implementations[_name],
+        "CompositeExplicitAutograd",
+    )
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 
@@ -119,12 +147,12 @@ class OPS:
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
-def _caller(name: str) -> Callable[..., Any]:
+def _caller(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The operator as the layers call it: for plain tensors that nobody traces, its implementation.
 
     A trip through torch's dispatcher costs 35 us forward and 25 us backward on the host.
     """
-    implementation, operator = _implementations[name], getattr(OPS, name)
+    operator = getattr(OPS, name)
 
     def call(*args: Any) -> Any:
         x = args[0]
@@ -146,4 +174,7 @@ def is_traced(x: Tensor) -> bool:
     )
 
 
-forward, inference, backward = (_caller(name) for name in ("forward", "inference", "backward"))
+forward, inference, backward = (
+    _caller(name, _implementations[name]) for name in ("forward", "inference", "backward")
+)
+repeated_forward = _caller("forward", _repeated_forward)
