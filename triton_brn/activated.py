@@ -9,9 +9,10 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm
 
@@ -19,8 +20,9 @@ _log = logging.getLogger(__name__)
 
 
 class _Activated(_BatchRenorm):
-    drop: nn.Module
-    act: nn.Module
+    if TYPE_CHECKING:  # torch.jit.script reads annotations
+        drop: nn.Module
+        act: nn.Module
 
     def __init__(
         self,
@@ -43,6 +45,8 @@ class _Activated(_BatchRenorm):
         self.act = activation(act_layer if apply_act else None, act_kwargs, inplace)
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():  # it knows no super()
+            return self.act(self.drop(self._scripted(input)))
         return self.act(self.drop(super().forward(input)))
 
 

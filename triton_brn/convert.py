@@ -113,6 +113,8 @@ def _known(
         return None
     kind = kind_of(layer)
     norm, renorm, act, _ = next((p for p in _PAIRS if issubclass(kind, p[0])), (None, None, None, None))
+    if kind.__name__.startswith("FSDP"):
+        return Left("sharded by itself: convert before fully_shard")
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
         return Left("not initialised: run a batch first")
     if norm is None or renorm is None or act is None:

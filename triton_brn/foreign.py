@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm
-from .names import OF_STABLE_BASELINES
+from .names import OF_STABLE_BASELINES, understand
 from .ramp import Ramp
 from .swap import Change, Left, change, change_all, kind_of, share_hooks
 from .validate import Average
@@ -149,6 +149,8 @@ class Kin(nn.Module):
 
     ours: type[nn.Module]
     theirs: type[nn.Module]
+    eps: float
+    affine: bool
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _blank, (self.ours, self.theirs), self.__dict__
@@ -159,6 +161,10 @@ class Kin(nn.Module):
             if prefix + name in destination:
                 theirs = prefix + OF_STABLE_BASELINES.get(name, name)
                 destination[theirs] = destination.pop(prefix + name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        understand(state_dict, prefix, self.eps, self.affine)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 _kins: dict[tuple[Any, Any], Any] = {}
