@@ -152,6 +152,10 @@ _IN_UNPACK = (
     " recomputes cannot be told. " + _CURE
 )
 _COMPILED = "batch_renorm: a training call is recomputed inside {}, which torch.compile made. " + _CURE
+_ELSEWHERE = (
+    "batch_renorm: a training call is recomputed inside {}, in {}, which takes no numbers of a first pass."
+    " Do one without the other."
+)
 _UNKNOWN = "batch_renorm: this torch checkpoints in a way that is not known ({}). Pass use_reentrant=True."
 
 
@@ -204,6 +208,13 @@ def place(running_mean: Tensor) -> Place:
         raise RuntimeError(_IN_UNPACK.format(frame.f_code.co_name))
     ahead = not getattr(recomputed, "forward_completed", True)
     return Place(segment_of(recomputed), run, "torch.utils.checkpoint", later, ahead)
+
+
+def refuse_recomputation(running_mean: Tensor, where: str) -> None:
+    """Raise a RuntimeError if the training call that runs now is a recomputation."""
+    here = place(running_mean)
+    if here.source is not None:
+        raise RuntimeError(_ELSEWHERE.format(here.what, where))
 
 
 def first_pass_of(forward: FrameType | None) -> list[Segment]:

@@ -189,24 +189,6 @@ def backward(dy, x, weight, saved, training, needs):  # type: ignore[no-untyped-
     return dx, in_dtype(dgamma, dtype), in_dtype(dbeta, dtype)
 
 
-def differentiable_backward(dy, x, weight, saved, training, eps):  # type: ignore[no-untyped-def]
-    """``backward`` in operations that autograd follows, for gradients of gradients."""
-    mean, _, rstd, r, d, *_ = saved
-    axes, column = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
-    mean, rstd, r, d = (v.view(column) for v in (mean, rstd, r, d))
-    g, t = dy.to(mean.dtype), x.to(mean.dtype) - mean  # a constant: what it leaves of a mean is small
-    if training:
-        t = t - t.mean(axes, keepdim=True)
-        rstd = (t.square().mean(axes, keepdim=True) + eps).rsqrt()
-    xn = t * rstd
-    sum_g, sum_gx = g.sum(axes, keepdim=True), (g * xn).sum(axes, keepdim=True)
-    scale = r if weight is None else weight.to(mean.dtype).view(column) * r
-    count = max(x.numel() // max(x.shape[1], 1), 1)
-    dx = scale * rstd * (g - (sum_g + xn * sum_gx) / count if training else g)
-    dtype = mean.dtype if weight is None else weight.dtype
-    return dx.to(x.dtype), (r * sum_gx + d * sum_g).flatten().to(dtype), sum_g.flatten().to(dtype)
-
-
 def wide_backward(dy, x, mean, rstd, slope):  # type: ignore[no-untyped-def]
     """torch's batch-norm backward of (N, C) in training, up to 15 % quicker: its sums, then
     dx = slope (dy - mean(dy) - xn mean(dy xn)) as slope dy + k x + c."""

@@ -8,12 +8,14 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from . import checkpointing, eager, ops
+from . import checkpointing, composed, eager, ops
 from .backend import uses_triton
 from .ops import is_traced
 from .ramp import Limit, Ramp, as_ramp
@@ -93,10 +95,14 @@ def batch_renorm(
             num_batches_tracked=num_batches_tracked,
             running_average=running_average,
         )
-    if traced and not training:
+    transformed = _are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if traced and not (training or transformed):
         return traced_inference(input, running_mean, running_var, weight, bias, eps)
     settings = settings_of(momentum, eps, r_max, d_max, running_average)
     check_tensors(input, running_mean, running_var, weight, bias, num_batches_tracked)
+    if transformed:
+        tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
+        return _composed(*tensors, settings, training)
     if weight is not None and not weight.is_contiguous():
         weight = weight.contiguous()
     if bias is not None and not bias.is_contiguous():
@@ -110,7 +116,7 @@ def batch_renorm(
     if (not traced or not is_dynamo_compiling()) and checkpointing.acts() and input.numel():
         return _repeated(tensors, settings, traced)
     if needs_grad(input, weight, bias):
-        if traced or _are_functorch_transforms_active():
+        if traced:
             return BatchRenorm.apply(*tensors, settings)
         if not input.is_cpu or not input.numel() or uses_triton(input.device):
             return _training(*tensors, settings)
@@ -151,6 +157,16 @@ _settings_before = functools.lru_cache(maxsize=256, typed=True)(_settings_of)
 def limits(ramp: Ramp) -> list[float]:
     """A ramp as the ops take it: one of no length, which switches at ``end``, gets a length of 1."""
     return [ramp.start, ramp.stop, float(min(ramp.begin, ramp.end - 1)), float(ramp.end)]
+
+
+def _composed(x, weight, bias, running_mean, running_var, step, settings, training) -> Tensor:  # type: ignore[no-untyped-def]
+    """batch_renorm under torch.func's transforms and in forward-mode AD."""
+    if not training:
+        return composed.inference(x, weight, bias, running_mean, running_var, settings[1])
+    check_batch(x, step, settings)
+    if not _are_functorch_transforms_active() and checkpointing.acts():
+        checkpointing.refuse_recomputation(running_mean, "forward-mode AD")
+    return composed.forward(x, weight, bias, running_mean, running_var, step, *settings)
 
 
 def needs_grad(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -272,11 +288,17 @@ class BatchRenormInference(torch.autograd.Function):
 
 
 def _gradients(backward: Callable[..., Any], training: bool, ctx: Any, dy, x, weight, saved):  # type: ignore[no-untyped-def]
-    """The gradients of x, weight and bias that are asked for, by ``backward`` or, under create_graph, in
-    operations that autograd follows."""
+    """The gradients of x, weight and bias that are asked for, by ``backward`` or in operations that compose:
+    under create_graph, of dual numbers, of many dy at a time."""
     needs = ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        grads = eager.differentiable_backward(dy, x, weight, saved, training, ctx.eps)
+    composes = is_grad_enabled() or _are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if composes and not torch.compiler.is_compiling():
+        grads = composed.backward(dy, x, weight, saved, training, ctx.eps)
     else:
-        grads = backward(dy, x, weight, saved, training, needs)
+        try:
+            grads = backward(dy, x, weight, saved, training, needs)
+        except RuntimeError:
+            if not is_legacy_batchedtensor(dy):  # is_grads_batched=True has a vmap of its own
+                raise
+            grads = composed.backward(dy, x, weight, saved, training, ctx.eps)
     return grads if all(needs) else tuple(g if need else None for g, need in zip(grads, needs, strict=True))

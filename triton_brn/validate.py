@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 
 from .ramp import is_number
 
@@ -77,6 +78,10 @@ def check_tensors(
                 raise ValueError(f"input: expected {len(running_mean)} channels, got {x.shape[1]}")
             _refuse(name, v, x, dtypes)
         if dtypes is stats and (v.requires_grad or not v.is_contiguous()):
+            if (
+                not v.requires_grad and _are_functorch_transforms_active()
+            ):  # vmap's are what in_dims makes them
+                continue
             raise ValueError(f"{name}: expected a contiguous tensor that does not require grad")
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         raise TypeError(f"bias: expected weight's dtype {_name(weight.dtype)}, got {_name(bias.dtype)}")
