@@ -26,6 +26,7 @@ from torch.func import (
     vmap,
 )
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from triton_brn import BatchRenorm1d, Ramp, batch_renorm
 
@@ -462,3 +463,21 @@ def test_vectorized_jacobians(strategy: str, training: bool, backend: str) -> No
         torch.autograd.functional.jacobian(f, args, vectorize=True, strategy=strategy) for f in (ours, truth)
     ]
     assert_same(*results)
+
+
+@pytest.mark.parametrize("recomputed", [True, False])
+def test_checkpoints_in_forward_mode(recomputed: bool, backend: str) -> None:
+    """Tangents go through a checkpoint; what its backward would compute anew is refused."""
+    (layer,) = members(1)
+    x = torch.randn(5, 3, dtype=DOUBLE, requires_grad=True)
+    expected = jvp(copy.deepcopy(layer), (x,), (x,))[1]
+    with forward_ad.dual_level():
+        y = checkpoint(layer, forward_ad.make_dual(x, x), use_reentrant=False)
+        assert_same(forward_ad.unpack_dual(y).tangent, expected)
+        if recomputed:
+            with pytest.raises(RuntimeError, match=r"recomputed inside .* in forward-mode AD"):
+                y.sum().backward()
+    if not recomputed:
+        with pytest.raises(RuntimeError, match="none that the first pass made"):
+            y.sum().backward()
+    assert layer.num_batches_tracked == 2
