@@ -57,9 +57,11 @@ class BatchRenormAct1d(_Activated, BatchRenorm1d):
 class BatchRenormAct2d(_Activated, BatchRenorm2d):
     """``act(drop(BatchRenorm2d(x)))``, with the arguments of timm's BatchNormAct2d and in its order.
 
-    ``timm.create_model(..., norm_layer=BatchRenormAct2d)`` takes it, and BatchRenorm2d where timm makes a
-    norm_act layer of a norm layer, whether timm is imported before or after. Once timm is imported the
-    layers are instances of its BatchNormAct2d, so that its freeze and its conversions keep the activation.
+    ``timm.create_model(..., norm_layer=BatchRenormAct2d)`` takes it, whether timm is imported before or
+    after. It takes BatchRenorm2d too, of which timm makes this layer where a network wants one. Networks
+    that apply their activation themselves, as resnets, want BatchRenorm2d; those whose generator takes no
+    norm_layer, as mobilenetv3, want ``convert_batchnorm``. Once timm is imported the layers are
+    instances of its BatchNormAct2d, so that its freeze and its conversions keep the activation.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as ``BatchRenorm2d``.
@@ -137,9 +139,7 @@ def _join_timm(timm_layers: ModuleType) -> None:
         tables._NORM_TO_NORM_ACT_MAP["batchrenorm2d"] = BatchRenormAct2d
         BatchRenormAct2d.__bases__ = (_Activated, BatchRenorm2d, timm_layers.BatchNormAct2d)
     except (AttributeError, KeyError, TypeError) as error:
-        _log.warning(
-            "timm's tables of norm layers are not as in 1.0 (%s): norm_layer= will not take ours", error
-        )
+        _log.warning("norm_layer= of this timm will not take ours: its tables are not as in 1.0 (%s)", error)
 
 
 class _AtImport(importlib.abc.MetaPathFinder):
