@@ -74,6 +74,7 @@ def batch_renorm(
 
     Raises:
         TypeError, ValueError: an argument that cannot be served, by name; nothing has been changed.
+        RuntimeError: an inference tensor that would have to be updated or saved; nothing has been changed.
     """
     traced = is_traced(input)
     if traced and not isinstance(input, Tensor):
@@ -111,7 +112,7 @@ def batch_renorm(
         if needs_grad(input, weight, bias):
             return BatchRenormInference.apply(input, weight, bias, running_mean, running_var, eps)
         return ops.inference(input, weight, bias, running_mean, running_var, eps, False)[0]
-    check_batch(input, num_batches_tracked, settings)
+    check_batch(input, weight, bias, running_mean, running_var, num_batches_tracked, settings, traced)
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
     if (not traced or not is_dynamo_compiling()) and checkpointing.acts() and input.numel():
         return _repeated(tensors, settings, traced)

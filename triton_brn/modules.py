@@ -133,13 +133,13 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
             return self._scripted(input)
         if input.ndim not in self._ranks:
             self._check_input_dim(input)
-        mean, var, step = self.running_mean, self.running_var, self.num_batches_tracked
+        mean, var, step, weight, bias = self._tensors()
         r_max, d_max = self._r_max, self._d_max
         if self.momentum is None:
             r_max, d_max = self._r_max_of_averages, self._d_max_of_averages
         if not self.track_running_stats:
             if mean is None or var is None:
-                return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+                return F.batch_norm(input, None, None, weight, bias, True, 0.0, self.eps)
             if self.training:
                 mean, var, step = mean.clone(), var.clone(), step.clone()
         elif mean.dtype in HALVES:
@@ -148,8 +148,8 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
             input,
             mean,
             var,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             training=self.training,
             momentum=self.momentum,
             eps=self.eps,
@@ -158,6 +158,15 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
             num_batches_tracked=step,
             running_average=self.running_average,
         )
+
+    def _tensors(self) -> tuple[Any, ...]:
+        """Running mean, running variance, counter, weight and bias, wherever they are."""
+        buffers, parameters = self._buffers, self._parameters
+        try:  # spares five calls of Module.__getattr__, 2.5 us on the host
+            statistics = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+            return *statistics, parameters["weight"], parameters["bias"]
+        except KeyError:  # parametrized, pruned, replicated, sharded
+            return self.running_mean, self.running_var, self.num_batches_tracked, self.weight, self.bias
 
     def _scripted(self, input: Tensor) -> Tensor:
         """What torch.jit.script makes of the layer."""
