@@ -116,9 +116,7 @@ def batch_renorm(
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
     if (not traced or not is_dynamo_compiling()) and checkpointing.acts() and input.numel():
         return _repeated(tensors, settings, traced)
-    if needs_grad(input, weight, bias):
-        if traced:
-            return BatchRenorm.apply(*tensors, settings)
+    if needs_grad(input, weight, bias) and not traced:  # the operator is differentiable, too
         if not input.is_cpu or not input.numel() or uses_triton(input.device):
             return _training(*tensors, settings)
         y = eager.batch_norm(*tensors, *settings)
@@ -164,7 +162,8 @@ def _composed(x, weight, bias, running_mean, running_var, step, settings, traini
     """batch_renorm under torch.func's transforms and in forward-mode AD."""
     if not training:
         return composed.inference(x, weight, bias, running_mean, running_var, settings[1])
-    check_batch(x, step, settings)
+    traced = _are_functorch_transforms_active()
+    check_batch(x, weight, bias, running_mean, running_var, step, settings, traced)
     if not _are_functorch_transforms_active() and checkpointing.acts():
         checkpointing.refuse_recomputation(running_mean, "forward-mode AD")
     return composed.forward(x, weight, bias, running_mean, running_var, step, *settings)
@@ -303,3 +302,32 @@ def _gradients(backward: Callable[..., Any], training: bool, ctx: Any, dy, x, we
                 raise
             grads = composed.backward(dy, x, weight, saved, training, ctx.eps)
     return grads if all(needs) else tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+class BatchRenormOperator(torch.autograd.Function):
+    """The operator itself, as graphs call it that were exported in training."""
+
+    @staticmethod
+    def forward(ctx: Any, *args):  # type: ignore[no-untyped-def]
+        x, weight, *_ = args
+        y, saved = _below_autograd(*args)
+        ctx.save_for_backward(x, weight, saved)
+        ctx.mark_non_differentiable(saved)
+        ctx.eps = args[7]
+        return y, saved
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Tensor):  # type: ignore[no-untyped-def]
+        return (*_gradients(ops.backward, True, ctx, dy, *ctx.saved_tensors), *[None] * 8)
+
+
+def _below_autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    with _AutoDispatchBelowAutograd():
+        return ops.OPS.forward(*args)
+
+
+def _differentiable(*args: Any) -> tuple[Tensor, Tensor]:
+    return BatchRenormOperator.apply(*args) if needs_grad(*args[:3]) else _below_autograd(*args)
+
+
+ops.implement("forward", _differentiable, "Autograd")

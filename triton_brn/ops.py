@@ -136,6 +136,11 @@ for _name, _fake in (
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 
+def implement(name: str, function: Callable[..., Any], key: str) -> None:
+    """What an operator does where the dispatcher comes to ``key``."""
+    _library.impl(name, function, key)
+
+
 class OPS:
     """The operators' only overloads."""
 
