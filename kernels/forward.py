@@ -13,11 +13,13 @@ from .statistics import (
     merge_partials,
     moments,
     moments_of_places,
+    settled,
     store_partial,
     two_sum,
     welford,
 )
 from .tile import (
+    anchor,
     channel_range,
     channel_sum,
     counted,
@@ -105,7 +107,10 @@ def batch_renorm_forward_kernel(
                     first, _ = edge_segments(begin, end, inner, T)
                     e_place = edges(first, begin, end, group, channels, inner, T)
                     e = load(x, e_place, STAT, "")
-                mean, rest, m2, t, e = centred_moments(t, place[1], e, e_place[1], n, inner, T.edges, T)
+                known = anchor(x, begin, channel, exists, channels, inner, STAT, T)
+                mean, rest, m2, t, e = centred_moments(
+                    t, place[1], e, e_place[1], known, n, inner, T.edges, T
+                )
                 centre = mean
             else:
                 KEPT: tl.constexpr = "evict_last" if APPLY else ""
@@ -182,6 +187,9 @@ def moments_of_split(
     n = seen.to(STAT)
     # Moments about the first tile's mean: about 0, those of a channel at 1e4 would be rounded away.
     pivot = channel_sum(t, inner, T) / tl.maximum(channel_sum(n + tl.zeros_like(t), inner, T), 1.0)
+    channel, exists = channel_range(group, channels, T)
+    known = anchor(x, begin, channel, exists, channels, inner, STAT, T)
+    pivot = settled(pivot, known)
     mean_p = tl.where(seen, t - spread(pivot, inner, T), 0.0)
     m2_p = tl.zeros_like(t)
     for start in tl.range(begin + T.block, end, T.block, num_stages=T.stages):
@@ -196,7 +204,7 @@ def moments_of_split(
             e_place = edges(segment, begin, end, group, channels, inner, T)
             e = load(x, e_place, STAT, KEPT)
             n_e = channel_sum(e_place[1].to(STAT), inner, T)
-            mean_e, rest_e, m2_e = moments(e, e_place[1], tl.maximum(n_e, 1.0), inner, T)
+            mean_e, rest_e, m2_e = moments(e, e_place[1], known, tl.maximum(n_e, 1.0), inner, T)
             n, mean, rest, m2 = merge(n, mean, rest, m2, n_e, mean_e, rest_e, m2_e)
     return mean, rest, m2
 

@@ -20,19 +20,34 @@ def two_sum(a, b):
 
 
 @triton.jit
-def moments(t, inside, count, inner, T: tl.constexpr):
+def settled(mean, known):
+    """The mean of a channel or, where a sum may be rounded by as much as lies between them, a value that the
+    channel has: in one that never varies it is the mean, from which all distances are 0 and stay so, however
+    much 1/sigma_B magnifies them. Elsewhere a centre as near as that is as good. known: see ``anchor``."""
+    value, x = known
+    if x.dtype.element_ty != mean.dtype:  # half precision has no other value so near
+        value = mean.to(x.dtype.element_ty).to(mean.dtype)
+    ROUNDING: tl.constexpr = 2.0**-45 if mean.dtype == tl.float64 else 2.0**-16
+    return tl.where(tl.abs(mean - value) <= ROUNDING * tl.abs(value), value, mean)
+
+
+@triton.jit
+def moments(t, inside, known, count, inner, T: tl.constexpr):
     """mean, rest and M2 = sum((t - mean - rest)^2) of the ``count`` elements of each channel."""
-    mean, rest, m2, t, t = centred_moments(t, inside, t, inside, count, inner, False, T)
+    mean, rest, m2, t, t = centred_moments(t, inside, t, inside, known, count, inner, False, T)
     return mean, rest, m2
 
 
 @triton.jit
-def centred_moments(t, inside, e, e_inside, count, inner, BOTH: tl.constexpr, T: tl.constexpr):
-    """The moments of a tile or, if BOTH, of a tile and the tile of its edges; then both tiles minus mean."""
+def centred_moments(t, inside, e, e_inside, known, count, inner, BOTH: tl.constexpr, T: tl.constexpr):
+    """The moments of a tile or, if BOTH, of a tile and the tile of its edges; then both tiles minus mean.
+
+    known: see ``anchor``.
+    """
     s = channel_sum(t, inner, T)
     if BOTH:
         s += channel_sum(e, inner, T)
-    mean = s / count
+    mean = settled(s / count, known)
     t -= tl.where(inside, spread(mean, inner, T), 0.0)  # t is 0 where masked
     s = channel_sum(t, inner, T)
     m2 = channel_sum(t * t, inner, T)
@@ -193,6 +208,7 @@ def finalise(
     else:
         v_new = v + alpha * (m2 / (count - 1.0) - v)
     update = exists & (v_new < float("inf"))  # where the mean is not finite, m2 is NaN or inf
+    update &= alpha > 0.0  # from v to u and back is no identity
     tl.debug_barrier()  # every warp has read what one of them is about to overwrite
     tl.store(running[0] + channel, mu + alpha * ((mean - mu) + rest), mask=update)
     tl.store(running[1] + channel, v_new, mask=update)

@@ -117,6 +117,22 @@ def locate(start, stop, group, channels, inner, T: tl.constexpr):
 
 
 @triton.jit
+def anchor(x, begin, channel, exists, channels, inner, STAT: tl.constexpr, T: tl.constexpr):
+    """What ``settled`` knows of each channel: a value, where the row, or the segment of the vector, ``begin``
+    begins; and x. In half precision it needs none, and 0 is what it gets."""
+    value = tl.zeros([1], STAT)
+    if x.dtype.element_ty == STAT:
+        if T.rows:
+            offsets = begin * channels + channel
+            if T.folded:
+                offsets *= inner
+        else:
+            offsets = (begin // vectors(inner, T) * channels + channel) * inner
+        value = tl.load(x + offsets, mask=exists, other=0.0)
+    return value, x
+
+
+@triton.jit
 def rows_or_vectors(start, stop, place, T: tl.constexpr):
     """Which rows or vectors of the tile at ``place`` are the group's, [T.block, 1]."""
     if T.rows:

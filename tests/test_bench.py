@@ -221,7 +221,7 @@ def test_a_tuned_plan_and_a_retreat_are_told_from_the_planners(monkeypatch, requ
     monkeypatch.setenv("TRITON_BRN_BACKEND", "triton")
     x = torch.randn(4, 8)
     call = launch.prepared("forward", x, torch.float32)[1]
-    call.retreat(x, torch.float32)
+    call = call.retreated(x, torch.float32)
     assert plans_of(x, "both") == [("two_launch", "retreat"), ("resident", "planner")]
     view = launch.view_of(x.shape, x.stride())
     entry = tuning_table.Entry(call.plan.choice, 1.0, 2.0, True, view)

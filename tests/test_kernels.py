@@ -27,7 +27,7 @@ from reference import (
 )
 from torch import Tensor
 
-from triton_brn import Ramp, batch_renorm, forced_strategy, planner, plans, views
+from triton_brn import Ramp, batch_renorm, forced_strategy, planner, plans, views, workspaces
 
 launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
 
@@ -246,9 +246,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     original = launch.Call.launch
 
-    def counting(self, kernel, *args):
-        names.append(kernel.__name__)
-        return original(self, kernel, *args)
+    def counting(self, kernel, arguments, phases, key):
+        names.extend([kernel.__name__] * len(phases))
+        return original(self, kernel, arguments, phases, key)
 
     monkeypatch.setattr(launch.Call, "launch", counting)
     return names
@@ -334,7 +334,7 @@ def test_repeatable(strategy: str, device) -> None:
 
 def assert_nobody_waits() -> None:
     """No arrival is left in any word of the barriers, see kernels/barrier.py."""
-    for (*_, dtype), words in launch._buffers.items():
+    for (*_, dtype), words in workspaces._buffers.items():
         if dtype == torch.int32:
             assert not (words & 0xFFFF).any()
 
@@ -344,7 +344,7 @@ def test_barrier_words_wrap_around(device) -> None:
     case = inputs((64, 3, 9, 9), device=device)
     strategy = "cooperative" if GPU.waits else "two_launch"
     expected = run(inputs((64, 3, 9, 9), device=device), strategy, training=True)[0]
-    words = [t for (*_, dtype), t in launch._buffers.items() if dtype == torch.int32]
+    words = [t for (*_, dtype), t in workspaces._buffers.items() if dtype == torch.int32]
     for opened in (2**15 - 2, 2**16 - 2):
         for t in words:
             t[1:] = (opened << 16) - (2**32 if opened >= 2**15 else 0)  # the first counts the batches' groups

@@ -13,7 +13,7 @@ import torch
 from reference import batch_renorm_reference, inputs
 from test_kernels import assert_nobody_waits, check, run
 
-from triton_brn import batch_renorm, forced_strategy
+from triton_brn import batch_renorm, forced_strategy, workspaces
 
 launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="Triton's interpreter compiles nothing")
@@ -25,7 +25,7 @@ SHAPE = (64, 3, 9, 9)
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_BRN_BACKEND", "triton")
     monkeypatch.setattr(launch, "_calls", {})
-    monkeypatch.setattr(launch, "_buffers", {})
+    monkeypatch.setattr(workspaces, "_buffers", {})
 
 
 def test_a_grid_that_does_not_fit_falls_back(device, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
@@ -67,7 +67,7 @@ def test_streams_have_workspaces_of_their_own(device, monkeypatch: pytest.Monkey
         for stream in (0, 7):
             monkeypatch.setattr(launch, "current_stream", lambda index, stream=stream: stream)
             check(inputs(SHAPE, device=device), "cooperative")
-    words = [t.data_ptr() for (*_, dtype), t in launch._buffers.items() if dtype == torch.int32]
+    words = [t.data_ptr() for (*_, dtype), t in workspaces._buffers.items() if dtype == torch.int32]
     assert len(set(words)) == 2
 
 
@@ -118,19 +118,42 @@ def test_saved_statistics_may_come_back_elsewhere(device) -> None:
         check(inputs(SHAPE, device=device), "cooperative")
 
 
-def test_another_forward_between_two_launches(device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_forward_between_two_launches(device) -> None:
     """Threads share a stream's workspace."""
-    original, between = launch.Call.launch, []
+    case = inputs(SHAPE, device=device)
+    with forced_strategy("two_launch"):
+        check(case)
+        (call,) = (call for call in launch._calls.values() if call.direction == "forward")
+        (statistics,) = (flags for flags in call.bound if flags[0][0])
+        run_, between = call.bound[statistics], []
 
-    def interrupted(self, *args):
-        done = original(self, *args)
-        if not between:
-            between.append(True)
-            batch_renorm(*inputs(SHAPE, device=device, first=3).args, training=True)
-        return done
+        def interrupted(*args, **kwargs):
+            run_(*args, **kwargs)
+            if not between:
+                between.append(True)
+                batch_renorm(*inputs(SHAPE, device=device, first=3).args, training=True)
 
-    monkeypatch.setattr(launch.Call, "launch", interrupted)
-    check(inputs(SHAPE, device=device), "two_launch")
+        call.bound[statistics] = interrupted
+        check(inputs(SHAPE, device=device))
+    assert between
+
+
+def test_what_the_second_launch_refuses_leaves_the_statistics(device, monkeypatch) -> None:
+    """Both are compiled before the first one runs."""
+    case = inputs(SHAPE, device=device)
+    before = [t.clone() for t in (case.running_mean, case.running_var)]
+    step, compiled = torch.tensor(7, device=device), launch.Call.compiled
+
+    def refusing(self, kernel, arguments, flags, key):
+        if not flags[0]:
+            raise RuntimeError("out of resources")
+        return compiled(self, kernel, arguments, flags, key)
+
+    monkeypatch.setattr(launch.Call, "compiled", refusing)
+    with pytest.raises(RuntimeError, match="out of resources"):
+        run(case, "two_launch", training=True, step=step)
+    assert all(map(torch.equal, before, (case.running_mean, case.running_var)))
+    assert step == 7
 
 
 def test_retreat_where_nothing_is_kept(device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .plans import Device
 
+#: CUDA's handle, and HIP's, of the default stream that every thread has of its own.
+PER_THREAD = 2
 INTERPRETED = triton.knobs.runtime.interpret
 
 #: Bytes of L2 by compute capability, the least of the chips that have it; Triton's drivers do not tell.

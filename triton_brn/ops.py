@@ -133,6 +133,8 @@ for _name, _fake in (
         _repeated_forward if _name == "forward" else _implementations[_name],
         "CompositeExplicitAutograd",
     )
+    # Torch's own copies of negative views serve no operator that updates several tensors; both backends do.
+    _library.impl(_name, torch.library.fallthrough_kernel, "Negative")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 
@@ -161,10 +163,7 @@ def _caller(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]
 
     def call(*args: Any) -> Any:
         x = args[0]
-        second = args[1]
-        # The dispatcher resolves negative views.
-        direct = not (is_traced(x) or x.is_meta or x.is_neg() or (second is not None and second.is_neg()))
-        return (implementation if direct else operator)(*args)
+        return (operator if is_traced(x) or x.is_meta else implementation)(*args)
 
     return call
 
