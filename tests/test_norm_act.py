@@ -147,6 +147,17 @@ class NeedsMore(NormAct):
         return super().forward(x + y)
 
 
+class Between(NormAct):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(2 * self.drop(nn.BatchNorm2d.forward(self, x)))
+
+
+class OwnTraining(NormAct):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        halves = x.chunk(2) if self.training else (x,)
+        return self.act(self.drop(torch.cat([nn.BatchNorm2d.forward(self, half) for half in halves])))
+
+
 class Third(NormAct):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -193,7 +204,9 @@ def test_without_drop_and_of_other_ranks(old: nn.Module, kind: type, shape: tupl
     assert (kind is activated.BatchRenormAct3d) == isinstance(net[0], BatchRenorm3d)
 
 
-@pytest.mark.parametrize("kind", [ActFirst, Residual, DropAfterAct, Unbiased, NeedsMore, Third])
+@pytest.mark.parametrize(
+    "kind", [ActFirst, Residual, DropAfterAct, Unbiased, Between, OwnTraining, NeedsMore, Third]
+)
 def test_other_shapes_are_left(kind: type, caplog: pytest.LogCaptureFixture) -> None:
     net = nn.Sequential(fill(kind(3, nn.ReLU(), nn.Identity())), nn.BatchNorm2d(3))
     with caplog.at_level(logging.WARNING, "triton_brn"):
@@ -205,3 +218,12 @@ def test_other_shapes_are_left(kind: type, caplog: pytest.LogCaptureFixture) -> 
 def test_on_the_meta_device() -> None:
     net = convert_batchnorm(nn.Sequential(NormAct(3, nn.ReLU(), nn.Identity())).to("meta"))
     assert type(net[0]) is BatchRenormAct2d
+
+
+def test_finding_out_changes_nothing() -> None:
+    net = nn.Sequential(NormAct(3, nn.ReLU(), nn.Dropout()), ActFirst(3, nn.ReLU(), nn.Dropout()))
+    state = copy.deepcopy(net.state_dict())
+    convert_batchnorm(net)
+    torch.testing.assert_close(net.state_dict(), state, rtol=0, atol=0)
+    assert all(m.training for m in net.modules())
+    assert not any(child._forward_hooks for m in net for child in (m.drop, m.act))

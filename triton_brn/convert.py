@@ -195,33 +195,39 @@ class _Stub(nn.Module):
 
 
 def _is_norm_drop_act(layer: Any, norm: type[_BatchNorm]) -> bool:
-    """Whether a subclass's forward is ``act(drop(norm(x)))``. It is run in eval, with stubs for its children.
+    """Whether a subclass's forward is ``act(drop(norm(x)))``: a twin is run, with stubs for its children.
 
     Its output must be what ``act`` gave, whose input what ``drop`` gave, whose input what torch's norm gives.
     """
     drop, act = (isinstance(getattr(layer, name, None), nn.Module) for name in ("drop", "act"))
     if not act or set(layer._modules) - {"drop", "act", "parametrizations"}:
         return False
-    probe = twin(layer)
-    probe.__dict__["training"] = False
-    first = last = probe._modules["act"] = _Stub()
-    if drop:
-        first = probe._modules["drop"] = _Stub()
-    mean = layer.running_mean
+    probe, mean, var = twin(layer), layer.running_mean, layer.running_var
+    probe.__dict__["_buffers"] = {n: None if t is None else t.clone() for n, t in layer._buffers.items()}
     shape = (2, len(mean), *(2,) * _SPATIAL[norm])
     like = mean if layer.weight is None else layer.weight
     x = torch.arange(math.prod(shape), device=mean.device).sin().reshape(shape).to(like.dtype)
-    try:
-        with torch.no_grad():
-            out = type(layer).forward(probe, x)
-            expected = nn.functional.batch_norm(
-                x, mean, layer.running_var, layer.weight, layer.bias, False, 0.0, layer.eps
-            )
-    except Exception:
-        return False
-    if out is not last.gave or (drop and last.given is not first.gave):
-        return False
-    return x.is_meta or torch.allclose(first.given, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
+    for training in (
+        (False, True) if norm is not nn.SyncBatchNorm else (False,)
+    ):  # True: it would wait for others
+        first = last = probe._modules["act"] = _Stub()
+        if drop:
+            first = probe._modules["drop"] = _Stub()
+        probe.__dict__["training"] = training
+        moments: tuple[Tensor | None, Tensor | None] = (None, None) if training else (mean, var)
+        try:
+            with torch.no_grad():
+                out = type(layer).forward(probe, x)
+                right = nn.functional.batch_norm(
+                    x, moments[0], moments[1], layer.weight, layer.bias, training, 0.0, layer.eps
+                )
+        except Exception:
+            return False
+        if out is not last.gave or (drop and last.given is not first.gave):
+            return False
+        if not x.is_meta and not torch.allclose(first.given, right, rtol=1e-3, atol=1e-3, equal_nan=True):
+            return False
+    return True
 
 
 def revert_to_batchnorm(module: nn.Module, *, momentum: float | str | None = "auto") -> nn.Module:
