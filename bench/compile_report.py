@@ -161,10 +161,14 @@ def launches(view: View, dtype: str, gpu: Device, tuning: bool = False) -> Itera
             for sums, apply in ((True, False), (False, True)) if split else ((True, True),):
                 flags = {names[direction]: sums, "APPLY": apply, "KEEP": how.kept, "SPLIT": how.split}
                 yield Launch(kernel, how, {**kind, **flags}, signature, candidate)
-    pair = (stat, stat)
-    signature = {"x": x, "y": x, "affine": pair, "running": pair, "saved": stat, **SIZES, "eps": NUMBER}
+    pair, none = (stat, stat), ("constexpr", "constexpr")
+    signature = {"x": x, "y": x, "affine": pair, "saved": stat, **SIZES, "eps": NUMBER}
     for how, candidate in plans("inference", *call, tuning):
-        yield Launch(batch_renorm_inference_kernel, how, {"SAVE": True}, signature, candidate)
+        for running in (pair, none):  # none: a training forward again, from what it saved
+            flags = {"SAVE": running is pair}
+            yield Launch(
+                batch_renorm_inference_kernel, how, flags, {**signature, "running": running}, candidate
+            )
 
 
 def plans(
@@ -200,7 +204,7 @@ def row_of(target: str, dtype: str, view: View, launch: Launch) -> Row:
         dtype,
         f"{view.outer},{view.channels},{view.inner}",
         launch.kernel.__name__.removeprefix("batch_renorm_").removesuffix("_kernel"),
-        "+".join(n for n in ("STATISTICS", "SUMS", "APPLY") if launch.flags.get(n)),
+        "+".join(n for n in ("STATISTICS", "SUMS", "APPLY", "SAVE") if launch.flags.get(n)),
         how.strategy,
         "tuning" if launch.candidate else "plan",
         tile_of(how),

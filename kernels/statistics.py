@@ -50,16 +50,22 @@ def centred_moments(t, inside, e, e_inside, known, count, inner, BOTH: tl.conste
     mean = settled(s / count, known)
     t -= tl.where(inside, spread(mean, inner, T), 0.0)  # t is 0 where masked
     s = channel_sum(t, inner, T)
-    m2 = channel_sum(t * t, inner, T)
+    m2 = channel_sum(square(t), inner, T)
     if BOTH:
         e -= tl.where(e_inside, mean, 0.0)
         s += channel_sum(e, inner, T)
-        m2 += channel_sum(e * e, inner, T)
+        m2 += channel_sum(square(e), inner, T)
     # The corrected two-pass algorithm (Chan, Golub and LeVeque 1983). rest is what rounding left in mean, an
     # ulp or a few: M2 loses digits only where the standard deviation is far below that.
     rest = s / count
     m2 -= rest * (s + (s - count * rest))
     return mean, rest, tl.maximum(m2, 0.0, propagate_nan=tl.PropagateNan.ALL), t, e
+
+
+@triton.jit
+def square(t):
+    """t * t, rounded: fused into the sum over threads, it would leave another M2 in each of them."""
+    return tl.fma(t, t, tl.zeros_like(t))
 
 
 @triton.jit
