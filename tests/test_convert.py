@@ -164,6 +164,24 @@ def test_nothing_converted_is_an_error_that_says_why(number: int) -> None:
         convert_batchnorm(left_alone()[number])
 
 
+class FrozenBatchNorm2d(nn.Module):
+    """As torchvision's and detectron's: constants in buffers, and no BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(3))
+
+
+def test_what_is_no_batchnorm_is_not_touched() -> None:
+    others = [FrozenBatchNorm2d(), nn.GroupNorm(1, 3), nn.InstanceNorm2d(3, track_running_stats=True)]
+    net = nn.Sequential(*others, nn.LocalResponseNorm(2), nn.LayerNorm(3), nn.BatchNorm2d(3))
+    before = [(type(m), dict(vars(m))) for m in net[:-1]]
+    convert_batchnorm(net)
+    assert [(type(m), dict(vars(m))) for m in net[:-1]] == before
+    assert type(net[-1]) is BatchRenorm2d
+
+
 def test_a_model_without_batchnorm_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"nothing was converted: the module has no BatchNorm$"):
         convert_batchnorm(nn.Sequential(nn.Linear(2, 3), nn.GroupNorm(1, 3)))

@@ -306,3 +306,14 @@ def test_a_second_call_changes_nothing() -> None:
     layer = net[0]
     assert convert_batchrenorm(net) is net
     assert net[0] is layer
+
+
+@pytest.mark.parametrize("layer", [torchrl_layer, stable_baselines_layer, BatchRenorm2D])
+def test_statistics_in_half_precision_become_float32(layer: Any) -> None:
+    net = nn.Sequential(layer(3)).half()
+    weight = next(net.parameters())
+    convert_batchrenorm(net)
+    assert (net[0].running_mean.dtype, net[0].running_var.dtype) == (torch.float32, torch.float32)
+    assert net[0].weight is weight
+    shape = (4, 3, 2, 2) if layer is BatchRenorm2D else (4, 3)
+    assert net(torch.randn(shape).half()).dtype == torch.half

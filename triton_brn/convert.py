@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,18 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import activated
 from .foreign import Kin, kin
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm
-from .swap import Change, Left, change, change_all, kind_of, settings, twin
-from .validate import check_numbers, statistics_dtype
+from .norm_shape import is_norm_drop_act
+from .swap import Change, Left, accumulators, change, change_all, kind_of, settings
+from .validate import check_numbers
 
 _MOMENTUM = 0.01
 _TRAINED = {"r_max": 3.0, "d_max": 5.0}
 _ANY_RANK = (2, 3, 4, 5)
-_SPATIAL: dict[type[_BatchNorm], int] = {
-    nn.BatchNorm1d: 0,
-    nn.BatchNorm2d: 2,
-    nn.BatchNorm3d: 3,
-    nn.SyncBatchNorm: 2,
-}
 
 _PAIRS: list[tuple[type[_BatchNorm], type[_BatchRenorm], type[_BatchRenorm], type[_BatchNorm]]] = [
     (nn.BatchNorm1d, BatchRenorm1d, activated.BatchRenormAct1d, activated.BatchNormAct1d),
@@ -123,7 +117,7 @@ def _known(
         return Left("without running statistics")
     if kind is norm:
         return _to_renorm(name, layer, renorm, options, cast)
-    if _is_norm_drop_act(layer, norm):
+    if is_norm_drop_act(layer, norm):
         return _to_renorm(name, layer, act, options, cast)
     return Left(f"a subclass of {norm.__name__} that may do more: name it in classes= if it does not")
 
@@ -147,15 +141,11 @@ def _to_renorm(
             f"classes: expected layers with eps and the buffers running_mean and running_var, got "
             f"{type(layer).__name__} without {' and '.join(missing) or 'eps'} for {name or 'the module'}"
         )
-    for stat in ("running_mean", "running_var"):
-        buffers[stat] = _statistics(buffers[stat], cast)
-    mean, steps = buffers["running_mean"], buffers.get("num_batches_tracked")
-    if steps is None:
-        steps = torch.zeros((), dtype=torch.long, device=mean.device)
-    buffers["num_batches_tracked"] = steps if steps.dtype == torch.long else steps.long()
+    mean = buffers["running_mean"]
+    buffers |= accumulators(mean, buffers["running_var"], buffers.get("num_batches_tracked"), cast)
     momentum = getattr(layer, "momentum", None)
     momentum = _MOMENTUM if momentum is None else min(momentum, _MOMENTUM)
-    limits = _TRAINED if _is_trained(layer, steps) else {}
+    limits = _TRAINED if _is_trained(**buffers) else {}
     like = kind(len(mean), layer.eps, device="meta", **{"momentum": momentum, **limits, **options})
     learned = [n for n in ("weight", "bias") if getattr(layer, n, None) is not None]
     like.__dict__["affine"] = bool(learned)
@@ -168,66 +158,13 @@ def _to_renorm(
     return change(layer, like, note=note, _buffers=buffers, _parameters=parameters)
 
 
-def _statistics(t: Tensor, cast: dict[Tensor, Tensor]) -> Tensor:
-    """A running statistic as the layers need it: the same tensor if it can be; a shared one stays shared."""
-    if t not in cast:
-        fits = t.dtype == statistics_dtype(t.dtype) and t.is_contiguous() and not t.requires_grad
-        cast[t] = t if fits else t.detach().to(statistics_dtype(t.dtype)).contiguous()
-    return cast[t]
-
-
-def _is_trained(layer: Any, steps: Tensor) -> bool:
-    mean, var = layer.running_mean, layer.running_var
-    if mean.is_meta:
+def _is_trained(
+    running_mean: Tensor, running_var: Tensor, num_batches_tracked: Tensor, **others: Any
+) -> bool:
+    if running_mean.is_meta:
         return False
-    return bool(steps > 0) or bool((mean != 0).any()) or bool((var != 1).any())
-
-
-class _Stub(nn.Module):
-    """Stands for a child, and notes what it was given and what it gave."""
-
-    given: Any = None
-    gave: Any = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        self.given, self.gave = input, torch.empty_like(input)
-        return self.gave
-
-
-def _is_norm_drop_act(layer: Any, norm: type[_BatchNorm]) -> bool:
-    """Whether a subclass's forward is ``act(drop(norm(x)))``: a twin is run, with stubs for its children.
-
-    Its output must be what ``act`` gave, whose input what ``drop`` gave, whose input what torch's norm gives.
-    """
-    drop, act = (isinstance(getattr(layer, name, None), nn.Module) for name in ("drop", "act"))
-    if not act or set(layer._modules) - {"drop", "act", "parametrizations"}:
-        return False
-    probe, mean, var = twin(layer), layer.running_mean, layer.running_var
-    probe.__dict__["_buffers"] = {n: None if t is None else t.clone() for n, t in layer._buffers.items()}
-    shape = (2, len(mean), *(2,) * _SPATIAL[norm])
-    like = mean if layer.weight is None else layer.weight
-    x = torch.arange(math.prod(shape), device=mean.device).sin().reshape(shape).to(like.dtype)
-    for training in (
-        (False, True) if norm is not nn.SyncBatchNorm else (False,)
-    ):  # True: it would wait for others
-        first = last = probe._modules["act"] = _Stub()
-        if drop:
-            first = probe._modules["drop"] = _Stub()
-        probe.__dict__["training"] = training
-        moments: tuple[Tensor | None, Tensor | None] = (None, None) if training else (mean, var)
-        try:
-            with torch.no_grad():
-                out = type(layer).forward(probe, x)
-                right = nn.functional.batch_norm(
-                    x, moments[0], moments[1], layer.weight, layer.bias, training, 0.0, layer.eps
-                )
-        except Exception:
-            return False
-        if out is not last.gave or (drop and last.given is not first.gave):
-            return False
-        if not x.is_meta and not torch.allclose(first.given, right, rtol=1e-3, atol=1e-3, equal_nan=True):
-            return False
-    return True
+    moved = (running_mean != 0).any() or (running_var != 1).any()
+    return bool(num_batches_tracked > 0) or bool(moved)
 
 
 def revert_to_batchnorm(module: nn.Module, *, momentum: float | str | None = "auto") -> nn.Module:

@@ -11,7 +11,7 @@ from torch import nn
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm
 from .names import OF_STABLE_BASELINES, understand
 from .ramp import Ramp
-from .swap import Change, Left, change, change_all, kind_of, share_hooks
+from .swap import Change, Left, accumulators, change, change_all, kind_of, share_hooks
 from .validate import Average
 
 
@@ -69,7 +69,8 @@ def _of_torchrl(name: str, layer: Any) -> Change:
     begin = 0 if layer.smooth else steps
     like = _like(layer, BatchRenorm1d, "var")
     like.r_max, like.d_max = Ramp(1.0, layer.max_r, begin, steps), Ramp(0.0, layer.max_d, begin, steps)
-    new = change(layer, like)
+    buffers = accumulators(layer.running_mean, layer.running_var, layer.num_batches_tracked, {})
+    new = change(layer, like, _buffers=layer._buffers | buffers)
     new.without = frozenset({"max_r", "max_d", "warmup_steps", "smooth"})
     return new
 
@@ -87,7 +88,7 @@ def _of_stable_baselines(name: str, layer: Any) -> Change:
         like,
         kin(BatchRenorm1d, type(layer)),
         _parameters={"weight": weight, "bias": bias},
-        _buffers={"running_mean": mean, "running_var": var, "num_batches_tracked": steps},
+        _buffers=accumulators(mean, var, steps, {}),
     )
     new.without = frozenset({"rmax", "dmax", "warmup_steps"})
     return new
@@ -104,11 +105,8 @@ def _of_ludvb(name: str, layer: Any) -> Change:
     kind = (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d)[int(rank[0]) - 1]
     eps = layer.eps**2
     like = _like(layer, kind, "std", eps=eps)
-    buffers = {
-        "running_mean": layer.running_mean,
-        "running_var": (layer.running_std.square() - eps).clamp(min=0),
-        "num_batches_tracked": layer.num_batches_tracked,
-    }
+    var = (layer.running_std.square() - eps).clamp(min=0)
+    buffers = accumulators(layer.running_mean, var, layer.num_batches_tracked, {})
     affine = layer.affine
     parameters = {"weight": layer.weight if affine else None, "bias": layer.bias if affine else None}
     if not isinstance(layer, torch.jit.ScriptModule):

@@ -12,9 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 from torch.nn.utils import parametrize
+
+from .validate import statistics_dtype
 
 _log = logging.getLogger("triton_brn.convert")
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -74,6 +77,20 @@ def change(
     if like._modules:
         attributes["_modules"] = dict(like._modules) | layer._modules
     return Change(kind, attributes, note=note)
+
+
+def accumulators(
+    mean: Tensor, var: Tensor, steps: Tensor | None, cast: dict[Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """A layer's buffers as ours need them: the same tensors if they can be. ``cast`` keeps shared ones so."""
+    for t in (mean, var):
+        if t not in cast:
+            fits = t.dtype == statistics_dtype(t.dtype) and t.is_contiguous() and not t.requires_grad
+            cast[t] = t if fits else t.detach().to(statistics_dtype(t.dtype)).contiguous()
+    if steps is None:
+        steps = torch.zeros((), dtype=torch.long, device=mean.device)
+    steps = steps if steps.dtype == torch.long else steps.long()
+    return {"running_mean": cast[mean], "running_var": cast[var], "num_batches_tracked": steps}
 
 
 def change_all(
