@@ -230,9 +230,9 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
         warnings.warn(
             f"running statistics in {self.running_mean.dtype} become float32, as they have to accumulate "
             "small updates. With FSDP, buffer_dtype=torch.float32 keeps what the cast rounds off.",
-            stacklevel=5,  # whoever calls the layer,
+            stacklevel=5,  # whoever calls the layer
         )
-        for statistics in (self.running_mean, self.running_var):
+        for statistics in (self.running_var, self.running_mean):  # the mean last: forward looks at it
             statistics.data = statistics.data.float()
 
 
