@@ -46,7 +46,8 @@ def inference(x, weight, bias, running_mean, running_var, eps):  # type: ignore[
 def backward(dy, x, weight, saved, training, eps):  # type: ignore[no-untyped-def]
     """The gradients of x, weight and bias, for gradients of gradients and for many dy at a time.
 
-    saved: mean, rest, 1/sigma, r, d, as the operators return them; r and d are constants.
+    saved: mean, rest, 1/sigma, r, d, as the operators return them or, where r = 1 and d = 0, None for both;
+    r and d are constants.
     """
     mean, _, rstd, r, d, *_ = saved
     dtype, axes = mean.dtype, _axes(x)
@@ -59,9 +60,11 @@ def backward(dy, x, weight, saved, training, eps):  # type: ignore[no-untyped-de
     if training:
         count = max(x.numel() // max(x.shape[1], 1), 1)
         g = g - (_column(sum_g, x) + xn * _column(sum_gx, x)) / count
-    scale = r * rstd if weight is None else weight.to(dtype) * r * rstd
+    scale = rstd if weight is None else weight.to(dtype) * rstd
+    if r is not None:
+        scale, sum_gx = scale * r, r * sum_gx + d * sum_g
     vector = dtype if weight is None else weight.dtype
-    return (g * _column(scale, x)).to(x.dtype), (r * sum_gx + d * sum_g).to(vector), sum_g.to(vector)
+    return (g * _column(scale, x)).to(x.dtype), sum_gx.to(vector), sum_g.to(vector)
 
 
 def limit_at(limit: list[float], step: Tensor | None, dtype: torch.dtype) -> Any:
