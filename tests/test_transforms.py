@@ -1,4 +1,4 @@
-"""torch.func and forward-mode AD: derivatives, ensembles, running statistics, on every backend."""
+"""torch.func and forward-mode AD: derivatives, one and many at a time, on every backend."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from members import DERIVATIVES, DOUBLE, assert_same, functions, members
 from reference import assert_accurate, inputs, lay_out
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import (
-    hessian,
-    jvp,
-)
+from torch.func import hessian, jvp, linearize
 from torch.utils.checkpoint import checkpoint
 
 from triton_brn import batch_renorm
@@ -201,3 +198,42 @@ def test_the_backward_of_dual_numbers(limits: tuple[float, float], training: boo
     with forward_ad.dual_level():
         grads = torch.autograd.grad(y, leaves, forward_ad.make_dual(case.dy, tangent))
         assert_same([forward_ad.unpack_dual(g).tangent for g in grads], expected)
+
+
+def test_linearize(backend: str) -> None:
+    (layer,) = members(1)
+    x, tangent = torch.randn(2, 5, 3, dtype=DOUBLE)
+    with pytest.raises(RuntimeError, match=r"linearize .* Call eval\(\) first, or use torch.func.jvp"):
+        linearize(layer, x)
+    layer.eval()
+    y, function = linearize(layer, x)
+    assert_same((y, function(tangent)), jvp(layer, (x,), (tangent,)))
+
+
+def test_tangents_in_compiled_code(eager: None) -> None:
+    """A level of forward AD inside the compiled function."""
+    (layer,), (other,) = members(1), members(1)
+    layer.requires_grad_(False)
+    other.requires_grad_(False)
+    x, tangent = torch.randn(2, 5, 3, dtype=DOUBLE)
+
+    def function(layer: Any) -> Any:
+        with forward_ad.dual_level():
+            return tuple(forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for training in (True, False):
+        layer.train(training), other.train(training)
+        assert_same(compiled(layer), function(other))
+        assert_same(list(layer.buffers()), list(other.buffers()))
+
+
+def test_what_torch_does_not_promise() -> None:
+    """Names that are not public, and what the layers take them for."""
+    assert forward_ad._current_level == -1
+    with forward_ad.dual_level():
+        assert forward_ad._current_level == 0
+    assert jvp(lambda x: x * forward_ad._current_level, (torch.ones(()),), (torch.ones(()),))[0] == 0
+    assert not torch._C._functorch.is_legacy_batchedtensor(torch.ones(()))
+    assert torch._C._functorch.get_interpreter_stack() is None

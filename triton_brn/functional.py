@@ -162,11 +162,25 @@ def _composed(x, weight, bias, running_mean, running_var, step, settings, traini
     """batch_renorm under torch.func's transforms and in forward-mode AD."""
     if not training:
         return composed.inference(x, weight, bias, running_mean, running_var, settings[1])
-    traced = _are_functorch_transforms_active()
-    check_batch(x, weight, bias, running_mean, running_var, step, settings, traced)
-    if not _are_functorch_transforms_active() and checkpointing.acts():
-        checkpointing.refuse_recomputation(running_mean, "forward-mode AD")
+    transforms, traced = _are_functorch_transforms_active(), is_traced(x)
+    check_batch(x, weight, bias, running_mean, running_var, step, settings, transforms or traced)
+    if not (transforms or is_dynamo_compiling()):
+        if traced:
+            refuse_linearize()
+        if checkpointing.acts():
+            checkpointing.refuse_recomputation(running_mean, "forward-mode AD")
     return composed.forward(x, weight, bias, running_mean, running_var, step, *settings)
+
+
+def refuse_linearize() -> None:
+    """It traces a level of forward AD; what it traces it runs for every tangent."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    if get_proxy_mode() is not None:
+        raise RuntimeError(
+            "batch_renorm: torch.func.linearize would run a training call twice, and update the running "
+            "statistics at every use of its result. Call eval() first, or use torch.func.jvp"
+        )
 
 
 def needs_grad(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
