@@ -114,7 +114,7 @@ def batches(shape: tuple[int, ...], n: int) -> Iterator[torch.Tensor]:
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 4])
-def test_torchrl(warmup: int) -> None:
+def test_torchrl(warmup: int, backend: str) -> None:
     theirs = randomised(torchrl_layer(3, momentum=0.2, eps=1e-3, max_r=2.0, max_d=1.5, warmup_steps=warmup))
     net = nn.Sequential(copy.deepcopy(theirs))
     layer, weight, mean = net[0], net[0].weight, net[0].running_mean
@@ -136,13 +136,23 @@ def test_torchrl(warmup: int) -> None:
     torch.testing.assert_close(net.eval()(x), theirs.eval()(x))
 
 
+def test_torchrls_state_is_taken() -> None:
+    theirs = randomised(torchrl_layer(3))
+    for x in batches((8, 3), 3):
+        theirs(x)
+    ours = BatchRenorm1d(3)
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+    assert ours.num_batches_tracked == 3
+
+
 def test_torchrls_smooth_warm_up_is_a_ramp_over_the_same_steps() -> None:
     ours = convert_batchrenorm(torchrl_layer(3, warmup_steps=100, smooth=True))
     assert (ours.r_max, ours.d_max) == (Ramp(1, 3.0, 0, 100), Ramp(0, 5.0, 0, 100))
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_sb3_contrib(affine: bool) -> None:
+def test_sb3_contrib(affine: bool, backend: str) -> None:
     """Theirs from ours: they normalise by the unbiased variance s^2, and by sqrt(s^2 / r^2 + eps)."""
     theirs = randomised(stable_baselines_layer(3, momentum=0.2, affine=affine, warmup_steps=3))
     net = nn.Sequential(copy.deepcopy(theirs))

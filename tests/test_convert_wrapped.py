@@ -40,6 +40,15 @@ def test_wrapped_models_are_converted_within(wrap: Callable[..., nn.Module]) -> 
     assert net(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
 
 
+def test_graphs_of_torch_fx_are_converted() -> None:
+    graph = torch.fx.symbolic_trace(small())
+    x = torch.randn(2, 3, 4, 4)
+    expected = graph(x)
+    convert_batchnorm(graph, r_max=1.0, d_max=0.0)
+    torch.testing.assert_close(graph(x), expected)
+    assert type(graph.get_submodule("1")) is BatchRenorm2d
+
+
 @pytest.fixture
 def process_group() -> Iterator[None]:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)

@@ -90,6 +90,17 @@ def test_training_is_batch_norm_again() -> None:
     torch.testing.assert_close(net(x).mean((0, 2, 3)), net[0].bias)
 
 
+def test_a_layer_that_was_told_not_to_update_keeps_to_it() -> None:
+    layer = trained(BatchRenorm2d(3).half(), (4, 3, 2, 2), torch.half)
+    layer.track_running_stats = False
+    state = copy.deepcopy(layer.state_dict())
+    norm = revert_to_batchnorm(layer)
+    norm(torch.randn(4, 3, 2, 2).half())
+    torch.testing.assert_close(norm.state_dict(), state, check_dtype=False, rtol=1e-3, atol=1e-3)
+    layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+    assert revert_to_batchnorm(layer)(torch.randn(4, 3, 2, 2).half()).dtype == torch.half
+
+
 def test_a_syncbatchnorm_is_one_again() -> None:
     group = object()
     norm = trained(nn.SyncBatchNorm(3), (8, 3))

@@ -15,7 +15,7 @@ from .foreign import Kin, kin
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm
 from .norm_shape import is_norm_drop_act
 from .swap import Change, Left, accumulators, change, change_all, kind_of, settings
-from .validate import check_numbers
+from .validate import HALVES, check_numbers
 
 _MOMENTUM = 0.01
 _TRAINED = {"r_max": 3.0, "d_max": 5.0}
@@ -60,8 +60,8 @@ def convert_batchnorm(
         classes: further classes (not their subclasses) and what they become. ``{MyNorm: BatchRenorm2d}``: the
             same object with BatchRenorm2d's forward; MyNorm needs BatchNorm's attributes. ``{MyNorm: make}``:
             the module that ``make(layer)`` returns takes the layer's place; ``make`` must not change it.
-        options: of every new layer, whatever is said above: ``momentum``, ``r_max``, ``d_max`` and
-            ``running_average``.
+        options: of every new layer (but for what functions of ``classes`` return), whatever is said above:
+            ``momentum``, ``r_max``, ``d_max`` and ``running_average``.
 
     Returns:
         The model. The logger "triton_brn.convert" says in one line what was converted, and what was left and
@@ -221,12 +221,13 @@ def _to_norm(layer: Any, momentum: float | str | None) -> Change | Left:
     if momentum == "auto":
         momentum = 0.1 if layer.momentum == _MOMENTUM else layer.momentum
     like = norm(layer.num_features, layer.eps, momentum, layer.affine, device="meta")
+    like.track_running_stats = layer.track_running_stats
     if norm is nn.SyncBatchNorm:
         like.process_group = layer.process_group
     buffers = dict(layer._buffers)
-    if layer.weight is not None and layer.weight.dtype in (torch.float16, torch.bfloat16):
-        for name in ("running_mean", "running_var"):  # torch's takes no float32 ones beside such a weight
-            buffers[name] = buffers[name].to(layer.weight.dtype)
+    if layer.weight is not None and layer.weight.dtype in HALVES:  # beside it torch takes no float32 ones
+        for name in ("running_mean", "running_var"):
+            buffers[name] = None if buffers[name] is None else buffers[name].to(layer.weight.dtype)
     new = change(layer, like, kin(norm, theirs) if theirs else None, _buffers=buffers)
     new.without = _OURS - set(settings(like))
     return new
