@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from reference import assert_accurate, from_case, inputs
 from torch import Tensor, nn
 from torch.optim import swa_utils
@@ -328,54 +325,3 @@ def test_without_statistics_it_is_batch_norm(training: bool, backend: str, devic
     samples = torch.randn(3, 4, 3, 8, 8, device=device)
     y = torch.vmap(ours)(samples)
     torch.testing.assert_close(y, torch.stack([ours(s) for s in samples]), rtol=0, atol=1e-5)
-
-
-# Sharding
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("wrapped", [True, False])
-@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning")
-def test_fsdp_with_mixed_precision(wrapped: bool, half: torch.dtype, one_process: None, backend: str) -> None:
-    """FSDP keeps every _BatchNorm in float32 where it wraps layers one by one; a whole model it casts,
-    running statistics too."""
-    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-
-    precision = MixedPrecision(param_dtype=half, buffer_dtype=half)
-    model = nn.Sequential(nn.Linear(6, 4), BatchRenorm1d(4), nn.ReLU(), nn.Linear(4, 2))
-    layer = model[1]
-    policy = ModuleWrapPolicy({nn.Linear}) if wrapped else None
-    sharded = FullyShardedDataParallel(
-        model,
-        device_id=torch.device("cpu"),
-        mixed_precision=precision,
-        use_orig_params=True,
-        auto_wrap_policy=policy,
-    )
-    seen = []
-    layer.register_forward_hook(lambda layer, args, y: seen.append(args[0].dtype))
-    x = torch.randn(8, 6)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            y = sharded(x)
-            y.float().square().sum().backward()
-    said = [w for w in caught if "buffer_dtype=torch.float32" in str(w.message)]
-    assert len(said) == (0 if wrapped else 1)
-    assert y.dtype == half
-    assert set(seen) == {torch.float32 if wrapped else half}
-    assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32
-    assert layer.num_batches_tracked.item() == 2
-    assert layer.running_mean.ne(0).all()
-    assert layer.weight.grad.dtype == torch.float32
-    assert sharded.eval()(x).dtype == half
-    assert sharded.state_dict()["1.running_var"].dtype == torch.float32
