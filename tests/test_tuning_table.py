@@ -23,6 +23,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 NAME = "NVIDIA Something 80GB"
 CHOICE = Choice("cluster", 4096, 8, 4, 2, 512, 1, 1)
 VIEW = View(32, 64, 3136)
+A, B, C, D = (
+    tuning_table.key(direction, dtype, VIEW, 2)
+    for direction in ("forward", "backward")
+    for dtype in ("bfloat16", "float16")
+)
 ENTRY = Entry(CHOICE, 9.5, 10.0, True, VIEW)
 DEFAULT = Entry(None, 10.0, 10.0, True, VIEW)
 BEGUN = Entry(None, 10.0, 10.0, False, VIEW, ((CHOICE, 9.9), (dataclasses.replace(CHOICE, warps=8), None)))
@@ -46,32 +51,32 @@ def assert_silent(key: str, entry: Entry | None, what: str) -> None:
 
 
 def test_what_was_saved_is_found() -> None:
-    path = tuning_table.save(NAME, {"a": ENTRY, "b": DEFAULT, "c": BEGUN})
+    path = tuning_table.save(NAME, {A: ENTRY, B: DEFAULT, C: BEGUN})
     forget()
-    assert tuning_table.look_up(NAME, "a") == ENTRY
-    assert tuning_table.look_up(NAME, "b") == DEFAULT
-    assert tuning_table.look_up(NAME, "c") == BEGUN
-    assert tuning_table.look_up(NAME, "d") is None
-    assert tuning_table.look_up("another device", "a") is None
+    assert tuning_table.look_up(NAME, A) == ENTRY
+    assert tuning_table.look_up(NAME, B) == DEFAULT
+    assert tuning_table.look_up(NAME, C) == BEGUN
+    assert tuning_table.look_up(NAME, D) is None
+    assert tuning_table.look_up("another device", A) is None
     assert path.name == "NVIDIA_Something_80GB.json"
     assert [p.suffix for p in sorted(path.parent.iterdir())] == [".json", ".lock"], "nothing is left behind"
 
 
 def test_another_process_finds_it_and_adds_to_it() -> None:
-    tuning_table.save(NAME, {"a": ENTRY})
+    tuning_table.save(NAME, {A: ENTRY})
     forget()
-    tuning_table.save(NAME, {"b": DEFAULT, "a": DEFAULT})
+    tuning_table.save(NAME, {B: DEFAULT, A: DEFAULT})
     forget()
-    assert tuning_table.look_up(NAME, "a") == tuning_table.look_up(NAME, "b") == DEFAULT
+    assert tuning_table.look_up(NAME, A) == tuning_table.look_up(NAME, B) == DEFAULT
 
 
 def test_what_is_finished_stays_so() -> None:
     """Another process may have finished what this one has only begun."""
-    tuning_table.save(NAME, {"a": BEGUN, "b": ENTRY})
-    tuning_table.save(NAME, {"a": dataclasses.replace(BEGUN, us=9.0), "b": BEGUN})
+    tuning_table.save(NAME, {A: BEGUN, B: ENTRY})
+    tuning_table.save(NAME, {A: dataclasses.replace(BEGUN, us=9.0), B: BEGUN})
     forget()
-    assert tuning_table.look_up(NAME, "a") == dataclasses.replace(BEGUN, us=9.0)
-    assert tuning_table.look_up(NAME, "b") == ENTRY
+    assert tuning_table.look_up(NAME, A) == dataclasses.replace(BEGUN, us=9.0)
+    assert tuning_table.look_up(NAME, B) == ENTRY
 
 
 @pytest.mark.parametrize(
@@ -82,7 +87,7 @@ def test_what_is_finished_stays_so() -> None:
     ],
 )
 def test_a_save_that_fails_leaves_the_old_table(where, name: str, error: OSError, monkeypatch) -> None:
-    path = tuning_table.save(NAME, {"a": ENTRY})
+    path = tuning_table.save(NAME, {A: ENTRY})
     before = path.read_bytes()
 
     def fails(*_: Path) -> None:
@@ -92,7 +97,7 @@ def test_a_save_that_fails_leaves_the_old_table(where, name: str, error: OSError
     with monkeypatch.context() as broken:
         broken.setattr(where, name, fails)
         with pytest.raises(OSError, match=error.strerror):
-            tuning_table.save(NAME, {"b": ENTRY})
+            tuning_table.save(NAME, {B: ENTRY})
     assert path.read_bytes() == before
     assert [p.suffix for p in sorted(path.parent.iterdir())] == [".json", ".lock"], "nothing is left behind"
 
@@ -109,18 +114,18 @@ def test_a_shipped_table_of_other_versions_is_logged(caplog: pytest.LogCaptureFi
     tuning_table.SHIPPED.mkdir()
     tuning_table.path_of(NAME, tuning_table.SHIPPED).write_text("[]")
     with caplog.at_level(logging.DEBUG, logger="triton_brn"):
-        assert_silent("a", None, "its user can do nothing")
+        assert_silent(A, None, "its user can do nothing")
     assert "is ignored: it is no tuning table" in caplog.text
 
 
 def test_the_users_table_comes_before_the_shipped_one(folder: Path) -> None:
-    path = tuning_table.save(NAME, {"a": ENTRY, "b": ENTRY})
+    path = tuning_table.save(NAME, {A: ENTRY, B: ENTRY})
     tuning_table.SHIPPED.mkdir()
     path.rename(tuning_table.SHIPPED / path.name)
-    tuning_table.save(NAME, {"a": DEFAULT})
+    tuning_table.save(NAME, {A: DEFAULT})
     forget()
-    assert tuning_table.look_up(NAME, "a") == DEFAULT
-    assert tuning_table.look_up(NAME, "b") == ENTRY
+    assert tuning_table.look_up(NAME, A) == DEFAULT
+    assert tuning_table.look_up(NAME, B) == ENTRY
 
 
 def test_keys_are_buckets_of_sizes() -> None:
@@ -136,11 +141,12 @@ def test_keys_are_buckets_of_sizes() -> None:
 
 
 def saved() -> tuple[Path, dict]:
-    path = tuning_table.save(NAME, {"a": ENTRY})
+    path = tuning_table.save(NAME, {A: ENTRY})
     forget()
     return path, json.loads(path.read_text())
 
 
+OTHER = dataclasses.astuple(dataclasses.replace(CHOICE, strategy="two_launch", ctas=1))
 FAULTS = {
     "strategy": "os.system('true')",
     "block": -1,
@@ -156,14 +162,26 @@ FAULTS = {
     "tried": [["cluster", 1, 2]],
     "more": 1,
 }
-FAULTS_OF_TIMES = (0.0, -1.0, float("inf"), 10**400, True)
-FAULTS_OF_VIEWS = ([32, 64, 0], [32, 64, 1.0], "abc", 3, None)
+FAULTS_OF_TIMES = (0.0, -1.0, float("inf"), 10**400, True, 1e300)
+FAULTS_OF_VIEWS = (
+    [32, 64, 0],
+    [32, 64, 1.0],
+    "abc",
+    3,
+    None,
+    [2**20, 64, 2**20],
+    [32, 65, 3136],
+    [100352, 64, 1],
+)
+FAULTS_OF_PLANS = {"strategy": "two_launch", "block": 3, "warps": 5, "stages": 2, "ctas": 12, "us": 11.0}
 FAULTS_OF_TRIALS = (
     1,
     [1],
     [[*dataclasses.astuple(CHOICE), 0.0]],
     [[*dataclasses.astuple(CHOICE), "1"]],
     [[]],
+    [[*OTHER, 1.0]],  # of a search that is finished
+    [[*dataclasses.astuple(dataclasses.replace(CHOICE, stages=2)), 1.0]],
 )
 
 
@@ -182,16 +200,17 @@ def damaged() -> dict[str, bytes]:
         "large": b" " * (tuning_table.MOST_BYTES + 1),
         "long number": b'{"entries": ' + b"9" * 10_000 + b"}",
         "entries": json.dumps({**table, "entries": [1]}).encode(),
-        "an entry": json.dumps({**table, "entries": {"a": 1}}).encode(),
+        "an entry": json.dumps({**table, "entries": {A: 1}}).encode(),
         "no stamps": json.dumps({"entries": table["entries"]}).encode(),
     }
     for name in ("device", "triton_brn", "triton"):
         contents[f"other {name}"] = json.dumps({**table, name: "0.0.1"}).encode()
     faults = [*FAULTS.items()]
     faults += [(name, time) for name in ("us", "default_us") for time in FAULTS_OF_TIMES]
+    faults += [*FAULTS_OF_PLANS.items()]
     faults += [("view", view) for view in FAULTS_OF_VIEWS] + [("tried", them) for them in FAULTS_OF_TRIALS]
     for field, value in faults:
-        entries = {"a": {**table["entries"]["a"], field: value}}
+        entries = {A: {**table["entries"][A], field: value}}
         contents[f"{field} {str(value)[:40]} of an entry"] = json.dumps(
             {**table, "entries": entries}
         ).encode()
@@ -203,12 +222,27 @@ def test_what_cannot_be_trusted_is_reported_once_and_ignored() -> None:
         path = tuning_table.path_of(NAME, tuning_table.directory())
         path.write_bytes(content)
         forget()
-        with pytest.warns(UserWarning, match="is ignored"):
-            assert tuning_table.look_up(NAME, "a") is None, what
-        assert_silent("a", None, what)
-        tuning_table.save(NAME, {"b": ENTRY})
+        with pytest.warns(UserWarning, match="ignored"):
+            assert tuning_table.look_up(NAME, A) is None, what
+        assert_silent(A, None, what)
+        tuning_table.save(NAME, {B: ENTRY})
         forget()
-        assert_silent("b", ENTRY, f"{what}: not replaced")
+        assert_silent(B, ENTRY, f"{what}: not replaced")
+
+
+def test_one_entry_that_is_wrong_takes_none_with_it() -> None:
+    path, table = saved()
+    good, wrong = table["entries"][A], {**table["entries"][A], "view": [2**20, 64, 2**20]}
+    path.write_text(json.dumps({**table, "entries": {A: wrong, B: good, "forward": good, "x/y/z": good}}))
+    with pytest.warns(
+        UserWarning, match=r"3 of 4 entries ignored: entry '.*' is of another size: \(1048576, "
+    ):
+        assert tuning_table.look_up(NAME, A) is None
+    assert_silent(B, ENTRY, "it is right")
+    tuning_table.save(NAME, {C: DEFAULT})
+    forget()
+    assert_silent(B, ENTRY, "it is kept")
+    assert set(json.loads(path.read_text())["entries"]) == {B, C}
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
@@ -216,29 +250,33 @@ def test_a_pipe_is_not_waited_for(folder: Path) -> None:
     folder.mkdir()
     os.mkfifo(tuning_table.path_of(NAME, folder))
     with pytest.warns(UserWarning, match="it is no file"):
-        assert tuning_table.look_up(NAME, "a") is None
+        assert tuning_table.look_up(NAME, A) is None
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_of_saving_only(folder: Path) -> None:
     folder.write_text("a file")
-    with pytest.warns(UserWarning, match="is ignored"):
-        assert tuning_table.look_up(NAME, "a") is None
+    with pytest.warns(UserWarning, match="ignored"):
+        assert tuning_table.look_up(NAME, A) is None
     with pytest.raises(OSError, match="cache"):
-        tuning_table.save(NAME, {"a": ENTRY})
+        tuning_table.save(NAME, {A: ENTRY})
 
 
-NAMES = ("one", "two", "three")
+DTYPES = ("float32", "float16", "bfloat16")
 WRITER = """
 import sys
 from triton_brn import tuning_table
-from triton_brn.tuning_table import Entry
+from triton_brn.tuning_table import ITEMSIZES, Entry, key
 from triton_brn.views import View
 for i in range(20):
-    tuning_table.save("device", {f"{sys.argv[1]}/{i}": Entry(None, 1.0, 1.0, True, View(1, 1, 1))})
+    view, dtype = View(32, 2**i, 16), sys.argv[1]
+    name = key("forward", dtype, view, ITEMSIZES[dtype])
+    tuning_table.save("device", {name: Entry(None, 1.0, 1.0, True, view)})
 """
 
 
 def test_processes_that_write_at_once_lose_nothing() -> None:
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, name]) for name in NAMES]
-    assert [writer.wait(timeout=300) for writer in writers] == [0] * len(NAMES)
-    assert all(tuning_table.look_up("device", f"{name}/{i}") for name in NAMES for i in range(20))
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, name]) for name in DTYPES]
+    assert [writer.wait(timeout=300) for writer in writers] == [0] * len(DTYPES)
+    sizes = tuning_table.ITEMSIZES
+    keys = [tuning_table.key("forward", t, View(32, 2**i, 16), sizes[t]) for t in DTYPES for i in range(20)]
+    assert all(tuning_table.look_up("device", key) for key in keys)

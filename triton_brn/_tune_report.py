@@ -22,9 +22,6 @@ def run_tune(
     budget: float,
 ) -> None:
     """Tune the shapes, with a progress bar, and print the results and where they are."""
-    from .devices import table_name
-    from .tuning_table import directory, path_of
-
     shapes = shapes or SHAPES
     try:
         where = served_device() if device is None else torch.device(device)
@@ -45,6 +42,9 @@ def run_tune(
     left = len(dict.fromkeys(shapes)) * 3 - len(results)
     if left:
         print(f"{left} left: the budget is spent, the next run goes on")
+    from .devices import table_name
+    from .tuning_table import directory, path_of
+
     print(f"Table: {path_of(table_name(torch.empty(0, device=where)), directory())}")
 
 

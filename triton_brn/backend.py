@@ -56,8 +56,15 @@ _may_autotune = ContextVar("_may_autotune", default=True)
 
 
 def autotunes() -> bool:
-    """Whether TRITON_BRN_AUTOTUNE asks to tune what comes first."""
-    return os.environ.get("TRITON_BRN_AUTOTUNE") == "1" and _may_autotune.get()
+    """Whether TRITON_BRN_AUTOTUNE asks to tune what comes first.
+
+    Raises:
+        ValueError: it is neither 1 nor 0.
+    """
+    choice = os.environ.get("TRITON_BRN_AUTOTUNE", "")
+    if choice not in ("", "0", "1"):
+        raise ValueError(f"TRITON_BRN_AUTOTUNE: expected 1 or 0, got {choice!r}")
+    return choice == "1" and _may_autotune.get()
 
 
 @contextmanager

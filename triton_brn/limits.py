@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from .plans import SHARED_RESERVED, Choice, Device, Plan
+from .plans import SHARED_RESERVED, STRATEGIES, Choice, Device, Plan
 from .views import Tile, View, addressing, groups, length, power_of_two, vectors, whole_splits
 
 #: Elements of x that a thread keeps without spilling. Compiled for sm_80 to sm_100 with 4 warps: forward, 64
@@ -55,6 +55,22 @@ def lacks(strategy: str, device: Device) -> str:
     return ""
 
 
+def unlawful(choice: Choice, direction: str) -> str:
+    """Why no sizes, and no device, can have such a plan for ``direction``; empty where some may."""
+    if choice.strategy not in STRATEGIES:
+        return f"there is no strategy {choice.strategy!r}"
+    if direction == "inference" and choice.strategy != "two_launch":
+        return "inference has no statistics to wait for"
+    numbers = (choice.block, choice.width, choice.warps, choice.ctas, choice.stages)
+    if any(n < 1 or n & (n - 1) for n in numbers) or choice.slots < 1 or choice.splits < 1:
+        return "its numbers are no powers of two, or less than 1"
+    if choice.ctas > 1 and choice.strategy != "cluster":
+        return "only a cluster has several programs a tile"
+    if choice.stages > (MOST_STAGES if choice.strategy in ("blocked", "two_launch") else 1):
+        return f"loops have {MOST_STAGES} stages at most, and kept tiles no loop"
+    return ""
+
+
 class Problem:
     """What is to be planned, and the limits that its plans keep.
 
@@ -75,23 +91,11 @@ class Problem:
 
         The numbers may come from a file: whatever they are, the plan keeps the limits.
         """
-        if self.direction == "inference" and choice.strategy != "two_launch":
-            return "inference has no statistics to wait for"
-        numbers = (choice.block, choice.width, choice.warps, choice.ctas, choice.stages)
-        if any(n < 1 or n & (n - 1) for n in numbers) or choice.slots < 1 or choice.splits < 1:
-            return "its numbers are no powers of two, or less than 1"
-        if why := lacks(choice.strategy, self.device):
+        if why := unlawful(choice, self.direction) or lacks(choice.strategy, self.device):
             return why
-        loops = choice.strategy in ("blocked", "two_launch")
-        if choice.ctas > 1 and choice.strategy != "cluster":
-            return "only a cluster has several programs a tile"
-        if choice.stages > (MOST_STAGES if loops else 1):
-            return f"loops have {MOST_STAGES} stages at most, and kept tiles no loop"
         if choice.strategy in ("resident", "cluster"):
             return self._whole(choice)
-        if choice.strategy == "cooperative":
-            return self._cooperative(choice)
-        return self._looped(choice) if loops else f"there is no strategy {choice.strategy!r}"
+        return self._cooperative(choice) if choice.strategy == "cooperative" else self._looped(choice)
 
     def _whole(self, choice: Choice) -> Plan | str:
         """A channel group kept by one program, or by one cluster."""

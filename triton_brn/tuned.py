@@ -20,12 +20,12 @@ _log = logging.getLogger(__name__)
 
 def tuned_plan(direction: str, view: View, x: Tensor, device: Device) -> Plan:
     """The plan for ``direction`` on x. With TRITON_BRN_AUTOTUNE=1, tunes first what nobody has tuned."""
-    analytic = planner.plan(direction, view, x.element_size(), device)
+    analytic, tunes = planner.plan(direction, view, x.element_size(), device), autotunes()
     if planner.forced():
         return analytic
     name, key = place(direction, view, x)
     entry = tuning_table.look_up(name, key)
-    if entry is None and autotunes() and not capturing(x):
+    if entry is None and tunes and not capturing(x):
         entry = autotuned(direction, view, x, name, key)
     return chosen(entry, direction, view, x, device) or analytic
 

@@ -17,10 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from . import planner
 from .backend import obstacle, uses_triton, without_autotuning
 from .modules import _BatchRenorm
+from .tuning_table import DIRECTIONS
 from .validate import DTYPES
 from .views import view_of
-
-DIRECTIONS = ("forward", "backward", "inference")
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def tune(
         TypeError, ValueError: an argument that cannot be served, by name.
         RuntimeError: Triton does not serve the device, or has no memory for a shape, or a
             ``forced_strategy`` block is open.
-        OSError: the table cannot be written.
+        OSError: the table cannot be read or written. It is tried before a search begins.
         ImportError: ``progress`` without tqdm.
     """
     deadline = time.monotonic() + seconds(budget)
@@ -137,6 +136,7 @@ def tuned(direction: str, size: Size, deadline: float) -> Tuned:
         begun = view if entry is None else entry.view  # a search that a similar size began goes on
         stride = (begun.channels * begun.inner, begun.inner, 1)
         alike = replace(size, shape=tuple(begun), stride=stride)
+        tuning_table.check_usable(name)
         found = searched(direction, alike, deadline, entry)
         tuning_table.save(name, {key: found})
         launch.forget_calls()

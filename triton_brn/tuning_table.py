@@ -11,16 +11,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import os
 import re
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .plans import STRATEGIES, Choice
+from .limits import unlawful
+from .plans import Choice
 from .version import __version__
 from .views import View, addressing, power_of_two
 
@@ -29,6 +31,10 @@ _log = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parent / "tables"
 MOST_BYTES = 4 << 20  # some 20,000 entries
 LOCK_SECONDS = 30.0
+MOST_US = 1e9  # of a call
+DIRECTIONS = ("forward", "backward", "inference")
+#: Bytes of an element of x.
+ITEMSIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 #: The numbers of a choice, in order.
 NUMBERS = tuple(field.name for field in dataclasses.fields(Choice)[1:])
 
@@ -89,20 +95,24 @@ def look_up(device: str, wanted: str) -> Entry | None:
 
 def trusted(device: str, folder: Path) -> dict[str, Entry]:
     """The entries of a device's file; none, and a word of why, if it cannot be trusted."""
-    path = path_of(device, folder)
+    path, message = path_of(device, folder), ""
+    entries: dict[str, Entry] = {}
     try:
-        return read(device, path)
+        entries, refused = read(device, path)
+        if refused:
+            of = f"{len(refused)} of {len(refused) + len(entries)} entries"
+            message = f"tuning table {path}: {of} ignored: {refused[0]}"
     except (OSError, ValueError, RecursionError) as error:
         message = f"tuning table {path} is ignored: {error}"
-        if folder == SHIPPED:
-            _log.debug(message)
-        else:
-            warnings.warn(f"{message}. `python -m triton_brn tune` replaces it", stacklevel=2)
-        return {}
+    if message and folder == SHIPPED:
+        _log.debug(message)
+    elif message:
+        warnings.warn(f"{message}. `python -m triton_brn tune` replaces it", stacklevel=2)
+    return entries
 
 
-def read(device: str, path: Path) -> dict[str, Entry]:
-    """The entries of a file; none where there is no file.
+def read(device: str, path: Path) -> tuple[dict[str, Entry], list[str]]:
+    """The entries of a file, none where there is no file; and what is wrong with those that are refused.
 
     Raises:
         OSError: it cannot be read.
@@ -111,7 +121,7 @@ def read(device: str, path: Path) -> dict[str, Entry]:
     try:
         table = contents(path)
     except FileNotFoundError:
-        return {}
+        return {}, []
     return entries_of(table, device)
 
 
@@ -130,8 +140,8 @@ def contents(path: Path) -> Any:
     return json.loads(text.decode())
 
 
-def entries_of(table: Any, device: str) -> dict[str, Entry]:
-    """The entries of a table.
+def entries_of(table: Any, device: str) -> tuple[dict[str, Entry], list[str]]:
+    """The entries of a table, and what is wrong with those that are refused.
 
     Raises:
         ValueError: it is no table, of another device, or of other versions.
@@ -141,7 +151,13 @@ def entries_of(table: Any, device: str) -> dict[str, Entry]:
     for name, here in stamps(device).items():
         if table.get(name) != here:
             raise ValueError(f"{name} is {here!r} here, {str(table.get(name))[:80]!r} there")
-    return {str(name): entry_of(name, fields) for name, fields in table["entries"].items()}
+    entries, refused = {}, []
+    for name, fields in table["entries"].items():
+        try:
+            entries[name] = entry_of(name, fields)
+        except ValueError as error:
+            refused.append(str(error))
+    return entries, refused
 
 
 def stamps(device: str) -> dict[str, str]:
@@ -156,12 +172,22 @@ def entry_of(name: str, fields: Any) -> Entry:
     """One entry of a table.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or none that tuning could have found for this key.
     """
     try:
-        return _entry(**fields)
+        entry = _entry(**fields)
+        direction, dtype, *_ = name.split("/")
+        fits = key(direction, dtype, entry.view, ITEMSIZES[dtype]) == name and direction in DIRECTIONS
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"entry {name[:80]!r} is not understood") from None
+    if not fits:  # what it says would be timed, whatever memory it takes
+        raise ValueError(f"entry {name[:80]!r} is of another size: {tuple(entry.view)}")
+    choices = [choice for choice, _ in entry.tried] + ([entry.choice] if entry.choice else [])
+    if any(unlawful(choice, direction) for choice in choices):
+        raise ValueError(f"entry {name[:80]!r} has a plan that cannot be")
+    if entry.us > entry.default_us or (entry.finished and entry.tried):
+        raise ValueError(f"entry {name[:80]!r} contradicts itself")
+    return entry
 
 
 def _entry(
@@ -177,7 +203,7 @@ def _entry(
 
 
 def _choice(strategy: Any, *numbers: Any) -> Choice:
-    if strategy not in STRATEGIES or not all(_whole(n) < 2**31 for n in numbers):
+    if not isinstance(strategy, str) or len(numbers) != len(NUMBERS) or max(map(_whole, numbers)) >= 2**31:
         raise ValueError
     return Choice(strategy, *numbers)
 
@@ -189,9 +215,24 @@ def _whole(n: Any) -> int:
 
 
 def _time(t: Any) -> float:
-    if not isinstance(t, float) or not math.isfinite(t) or t <= 0:
+    if not isinstance(t, float) or not 0 < t < MOST_US:
         raise ValueError
     return t
+
+
+def check_usable(device: str) -> None:
+    """Raise OSError where ``save`` could not store what a search finds: ask before it begins."""
+    path = path_of(device, directory())
+    try:
+        with locked(path):
+            if os.path.lexists(path) and not path.is_file():
+                raise OSError(f"{path} is no file, or cannot be reached")
+            with path.open("rb") if path.exists() else nullcontext():
+                write_whole(path.with_suffix(".check"), "").unlink()
+    except (OSError, NotImplementedError) as error:
+        raise OSError(
+            f"what is found could not be stored in {path}: {error}. TRITON_BRN_CACHE_DIR names another folder"
+        ) from error
 
 
 def save(device: str, found: dict[str, Entry]) -> Path:
@@ -202,13 +243,10 @@ def save(device: str, found: dict[str, Entry]) -> Path:
     Raises:
         OSError: it cannot be read or written, or another process has held its lock for 30 s.
     """
-    from filelock import FileLock
-
     path = path_of(device, directory())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
+    with locked(path):
         try:
-            entries = read(device, path)
+            entries, _ = read(device, path)
         except (ValueError, RecursionError):
             entries = {}  # look_up has warned of it
         for name, entry in found.items():
@@ -218,6 +256,16 @@ def save(device: str, found: dict[str, Entry]) -> Path:
     with _reading:
         _tables[device, path.parent] = entries
     return path
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """No other process writes this table inside the ``with`` block. Makes its folder."""
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
+        yield
 
 
 def as_json(entry: Entry) -> dict[str, Any]:
@@ -233,10 +281,15 @@ def write(path: Path, table: dict[str, Any]) -> None:
     """Write a table, one entry a line, so that whoever reads the file meanwhile sees the old or the new."""
     entries = [f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in table["entries"].items()]
     head = [f"  {json.dumps(name)}: {json.dumps(table[name])}," for name in table if name != "entries"]
-    text = "\n".join(["{", *head, '  "entries": {', ",\n".join(entries), "  }", "}", ""])
-    whole = path.with_suffix(f".{os.getpid()}.tmp")  # whoever writes holds the lock
+    write_whole(path, "\n".join(["{", *head, '  "entries": {', ",\n".join(entries), "  }", "}", ""]))
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write a file, all of it or nothing. Whoever does holds the lock."""
+    whole = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         whole.write_text(text)
         os.replace(whole, path)
     finally:
         whole.unlink(missing_ok=True)
+    return path
