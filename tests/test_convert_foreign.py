@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -311,8 +312,12 @@ def test_pruned_layers_of_torchrl_are_converted() -> None:
     assert (ours.weight == 0).sum() == 1
 
 
-def test_a_second_call_changes_nothing() -> None:
-    net = convert_batchrenorm(nn.Sequential(torchrl_layer(3)))
+def test_a_second_call_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "triton_brn"):
+        net = convert_batchrenorm(nn.Sequential(torchrl_layer(3)))
+    assert caplog.messages == [
+        "convert_batchrenorm: 1 converted (1 torchrl's BatchRenorm1d to BatchRenorm1d)"
+    ]
     layer = net[0]
     assert convert_batchrenorm(net) is net
     assert net[0] is layer

@@ -251,8 +251,8 @@ def failing(layer: nn.Module) -> nn.Module:
         (nn.BatchNorm2d(3), {"running_average": "mean"}, r"^running_average: "),
         (nn.BatchNorm2d(3), {"rmax": 3.0}, r"expected the options .*, got rmax$"),
         (nn.BatchNorm2d(3), {"eps": 3.0, "device": "cpu"}, r"expected the options .*, got device, eps$"),
-        (nn.BatchNorm2d(3, eps=-1.0), {}, r"^eps: "),
-        (nn.BatchNorm2d(3, momentum=-1.0), {}, r"^momentum: "),
+        (nn.BatchNorm2d(3, eps=-1.0), {}, r"^eps: .*, for 1$"),
+        (nn.BatchNorm2d(3, momentum=-1.0), {}, r"^momentum: .*, for 1$"),
         (NoEps(), {"classes": {NoEps: BatchRenorm2d}}, r"^classes: .* got NoEps without eps for 1$"),
         (
             nn.Conv2d(3, 3, 1),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import activated
-from .foreign import Kin, kin
+from .foreign import Kin, is_ours, kin
 from .modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm
 from .norm_shape import is_norm_drop_act
 from .swap import Change, Left, accumulators, change, change_all, kind_of, settings
@@ -95,7 +95,7 @@ def convert_batchnorm(
             return _to_made(name, layer, target(layer))
         return _known(name, layer, options, cast)
 
-    return change_all(module, decide, "BatchNorm", _is_ours, "convert_batchnorm")
+    return change_all(module, decide, "BatchNorm", is_ours, "convert_batchnorm")
 
 
 def _known(
@@ -103,7 +103,7 @@ def _known(
 ) -> Change | Left | None:
     if isinstance(layer, torch.jit.ScriptModule) and str(layer.original_name).startswith("BatchNorm"):
         return Left("scripted: convert first")
-    if not isinstance(layer, _BatchNorm) or isinstance(layer, _BatchRenorm):
+    if not isinstance(layer, _BatchNorm) or is_ours(layer):
         return None
     kind = kind_of(layer)
     norm, renorm, act, _ = next((p for p in _PAIRS if issubclass(kind, p[0])), (None, None, None, None))
@@ -146,7 +146,11 @@ def _to_renorm(
     momentum = getattr(layer, "momentum", None)
     momentum = _MOMENTUM if momentum is None else min(momentum, _MOMENTUM)
     limits = _TRAINED if _is_trained(**buffers) else {}
-    like = kind(len(mean), layer.eps, device="meta", **{"momentum": momentum, **limits, **options})
+    arguments = {"momentum": momentum, **limits, **options}
+    try:
+        like = kind(len(mean), layer.eps, device="meta", **arguments)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error}, for {name or 'the module'}") from error
     learned = [n for n in ("weight", "bias") if getattr(layer, n, None) is not None]
     like.__dict__["affine"] = bool(learned)
     missing = [n for n in ("weight", "bias") if not hasattr(layer, n)]
@@ -181,7 +185,7 @@ def revert_to_batchnorm(module: nn.Module, *, momentum: float | str | None = "au
             and the layer's own for others.
 
     Returns:
-        The model, as ``convert_batchnorm`` does, which also says what the log is told.
+        The model, or the new layer, as ``convert_batchnorm`` does. The same logger says what was done.
 
     Raises:
         ValueError: no layer is batch renorm, and none is BatchNorm already; or the momentum.
@@ -190,19 +194,13 @@ def revert_to_batchnorm(module: nn.Module, *, momentum: float | str | None = "au
         check_numbers(momentum, 0.0, "std")  # type: ignore[arg-type]
 
     def decide(name: str, layer: nn.Module) -> Change | Left | None:
-        if not isinstance(layer, _BatchRenorm):
-            return None
-        return _to_norm(layer, momentum)
+        return _to_norm(layer, momentum) if is_ours(layer) else None
 
     return change_all(module, decide, "BatchRenorm", _is_torchs, "revert_to_batchnorm")
 
 
-def _is_ours(layer: nn.Module) -> bool:
-    return isinstance(layer, _BatchRenorm)
-
-
 def _is_torchs(layer: nn.Module) -> bool:
-    return isinstance(layer, _BatchNorm) and not isinstance(layer, _BatchRenorm)
+    return isinstance(layer, _BatchNorm) and not is_ours(layer)
 
 
 def _to_norm(layer: Any, momentum: float | str | None) -> Change | Left:

@@ -46,21 +46,20 @@ def convert_batchrenorm(module: nn.Module) -> nn.Module:
         ValueError: there is no such layer, and none is ours already; or one that cannot be converted.
             Nothing was changed then.
     """
-    return change_all(module, _decide, "batch renorm layer", _is_ours, "convert_batchrenorm")
+    return change_all(module, _decide, "batch renorm layer", is_ours, "convert_batchrenorm")
 
 
-def _is_ours(layer: nn.Module) -> bool:
+def is_ours(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchRenorm)
 
 
 def _decide(name: str, layer: Any) -> Change | Left | None:
-    if isinstance(layer, _BatchRenorm):
+    if is_ours(layer):
         return None
     for buffers, attributes, convert in _FORMS:
         if all(hasattr(layer, n) for n in buffers + attributes):
-            if isinstance(layer, nn.Module) and kind_of(layer).__name__.startswith("BatchRenorm"):
-                return convert(name, layer)
-            return Left("a subclass that may do more")
+            known = kind_of(layer).__name__.startswith("BatchRenorm")
+            return convert(name, layer) if known else Left("a subclass that may do more")
     return None
 
 

@@ -190,7 +190,7 @@ def _check_holders(modules: list[nn.Module], replaced: dict[nn.Module, nn.Module
 def _summary(
     caller: str, sought: str, changes: dict[nn.Module, Change], left: dict[str, list[str]], there: bool
 ) -> str:
-    counts = Counter(f"{kind_of(layer).__name__} to {c.kind.__name__}" for layer, c in changes.items())
+    counts = Counter(_from_to(kind_of(layer), c.kind) for layer, c in changes.items())
     if counts:
         kinds = ", ".join(f"{count} {kinds}" for kinds, count in counts.items())
         parts = [f"{len(changes)} converted ({kinds})"]
@@ -202,3 +202,8 @@ def _summary(
         parts.append(f"{len(names)} left ({', '.join(names[:3])}{more}: {why})")
     parts += sorted({c.note for c in changes.values() if c.note})
     return f"{caller}: " + "; ".join(parts)
+
+
+def _from_to(old: type[nn.Module], new: type[nn.Module]) -> str:
+    package = f"{old.__module__.partition('.')[0]}'s " if old.__name__ == new.__name__ else ""
+    return f"{package}{old.__name__} to {new.__name__}"
