@@ -20,8 +20,9 @@ from torch.func import (
     stack_module_state,
     vmap,
 )
+from torch.utils.checkpoint import checkpoint
 
-from triton_brn import Ramp, batch_renorm
+from triton_brn import BatchRenorm1d, Ramp, batch_renorm
 
 # Ensembles
 
@@ -249,3 +250,55 @@ def test_functionalize(backend: str) -> None:
     y = functionalize(lambda x, b: functional_call(layer, b, (x,)))(x, buffers)
     assert_same(y, other(x))
     assert_same(list(buffers.values()), list(other.buffers()))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints_around_an_ensemble(use_reentrant: bool, backend: str) -> None:
+    """In training the second pass is refused before it changes anything; in eval there is nothing to keep."""
+    parameters, buffers = stack_module_state(members())
+    (base,) = members(1)
+    xs = torch.randn(4, 5, 3, dtype=DOUBLE, requires_grad=True)
+
+    def ensemble(xs: Tensor) -> Tensor:
+        return vmap(lambda p, b, x: functional_call(base, (p, b), (x,)))(parameters, buffers, xs)
+
+    y = checkpoint(ensemble, xs, use_reentrant=use_reentrant)
+    before = copy.deepcopy(buffers)
+    with pytest.raises(RuntimeError, match=r"recomputed inside .* in torch\.func"):
+        y.sum().backward()
+    assert_same(buffers, before, 0)
+    base.eval()
+    checkpoint(ensemble, xs, use_reentrant=use_reentrant).pow(3).sum().backward()
+    assert_same(xs.grad, torch.autograd.grad(ensemble(xs).pow(3).sum(), xs)[0])
+
+
+def test_vmap_of_a_backward_that_recomputes(backend: str) -> None:
+    (layer,) = members(1)
+    x = torch.randn(5, 3, dtype=DOUBLE, requires_grad=True)
+    y = checkpoint(layer, x, use_reentrant=False)
+    with pytest.raises(RuntimeError, match=r"recomputed inside .* in torch\.func"):
+        vmap(lambda dy: torch.autograd.grad(y, x, dy, retain_graph=True))(torch.randn(4, 5, 3, dtype=DOUBLE))
+    assert layer.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3), (2, 5, 0), (2, 5, 0, 4)])
+def test_nothing_in_vmap(shape: tuple[int, ...], backend: str) -> None:
+    mean, var = torch.zeros(shape[2]), torch.ones(shape[2])
+    for training in (True, False):
+        y = vmap(lambda x, training=training: batch_renorm(x, mean, var, training=training))(
+            torch.empty(shape)
+        )
+        assert y.shape == shape
+
+
+def test_half_precision_under_autocast(backend: str) -> None:
+    """y in the input's dtype; statistics and weights stay float32."""
+    layers = [BatchRenorm1d(3, r_max=3.0, d_max=5.0) for _ in range(2)]
+    parameters, buffers = stack_module_state(layers)
+    xs = torch.randn(2, 64, 3).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = vmap(lambda p, b, x: functional_call(layers[0], (p, b), (x,)))(parameters, buffers, xs)
+        each = torch.stack([layer(x) for layer, x in zip(layers, xs, strict=True)])
+    assert y.dtype == torch.bfloat16
+    assert_same(y, each, 2**-8)
+    assert_same(list(buffers.values()), stacked(layers, buffers), 1e-6)

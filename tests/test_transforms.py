@@ -156,6 +156,19 @@ def test_gradients_in_batches(
         assert_same(b, torch.stack(e), 1e-6 if dtype == torch.float32 else 1e-2)
 
 
+def test_gradients_in_batches_that_can_be_differentiated(backend: str) -> None:
+    dys, results = torch.randn(2, 5, 3, dtype=DOUBLE), []
+    for batched in (True, False):
+        (layer,) = members(1)
+        x = torch.linspace(-1, 2, 15, dtype=DOUBLE).view(5, 3).pow(2).requires_grad_()
+        options: dict[str, Any] = {"is_grads_batched": batched, "create_graph": True}
+        y = layer(x)
+        dxs = [torch.autograd.grad(y, x, dy, **options)[0] for dy in ([dys] if batched else dys)]
+        dx = dxs[0] if batched else torch.stack(dxs)
+        results.append((dx, *torch.autograd.grad(dx.pow(3).sum(), [x, layer.weight])))
+    assert_same(*results)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
 def test_vectorized_jacobians(strategy: str, training: bool, backend: str) -> None:
@@ -164,6 +177,12 @@ def test_vectorized_jacobians(strategy: str, training: bool, backend: str) -> No
     ours, truth = functions(case, training)
     results = [
         torch.autograd.functional.jacobian(f, args, vectorize=True, strategy=strategy) for f in (ours, truth)
+    ]
+    assert_same(*results)
+    options = {"vectorize": True, "outer_jacobian_strategy": strategy}
+    results = [
+        torch.autograd.functional.hessian(lambda *a, f=f: f(*a).pow(3).sum(), args, **options)
+        for f in (ours, truth)
     ]
     assert_same(*results)
 

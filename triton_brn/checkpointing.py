@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import _autograd, _current_graph_task_id, _is_fwd_grad_enabled
 from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.autograd.function import BackwardCFunction, Function
 
 #: Python code that autograd runs: a Function's forward, its backward, the engine.
@@ -212,6 +213,8 @@ def place(running_mean: Tensor) -> Place:
 
 def refuse_recomputation(running_mean: Tensor, where: str) -> None:
     """Raise a RuntimeError if the training call that runs now is a recomputation."""
+    while is_functorch_wrapped_tensor(running_mean):
+        running_mean = get_unwrapped(running_mean)
     here = place(running_mean)
     if here.source is not None:
         raise RuntimeError(_ELSEWHERE.format(here.what, where))

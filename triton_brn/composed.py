@@ -144,4 +144,4 @@ def _axes(x: Tensor) -> list[int]:
 
 def _column(v: Tensor, x: Tensor) -> Tensor:
     """A value a channel, shaped to broadcast over x."""
-    return v.view(1, -1, *[1] * (x.ndim - 2))
+    return v.view(1, x.shape[1], *[1] * (x.ndim - 2))

@@ -164,11 +164,12 @@ def _composed(x, weight, bias, running_mean, running_var, step, settings, traini
         return composed.inference(x, weight, bias, running_mean, running_var, settings[1])
     transforms, traced = _are_functorch_transforms_active(), is_traced(x)
     check_batch(x, weight, bias, running_mean, running_var, step, settings, transforms or traced)
-    if not (transforms or is_dynamo_compiling()):
-        if traced:
+    if not is_dynamo_compiling():
+        if traced and not transforms:
             refuse_linearize()
         if checkpointing.acts():
-            checkpointing.refuse_recomputation(running_mean, "forward-mode AD")
+            where = "torch.func" if transforms else "forward-mode AD"
+            checkpointing.refuse_recomputation(running_mean, where)
     return composed.forward(x, weight, bias, running_mean, running_var, step, *settings)
 
 
