@@ -11,6 +11,7 @@ import torch
 from reference import assert_accurate, from_case, inputs
 from torch import Tensor, nn
 from torch.optim import swa_utils
+from torch.utils.checkpoint import checkpoint
 
 from triton_brn import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, Ramp, convert_batchnorm
 
@@ -180,6 +181,12 @@ def test_without_tracking_training_changes_no_statistics(
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
     layer.reset_running_stats()  # torch's does nothing then
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+    for use_reentrant in (True, False):
+        z = case.x.clone().requires_grad_()
+        checkpoint(layer, z, use_reentrant=use_reentrant).backward(case.dy)
+        assert torch.equal(x.grad, z.grad)
+        assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+    assert "track_running_stats=False" in repr(layer)
     y = layer.eval()(case.x)
     layer.track_running_stats ^= True
     assert torch.equal(y, layer(case.x))

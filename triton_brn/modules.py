@@ -134,14 +134,14 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
         if input.ndim not in self._ranks:
             self._check_input_dim(input)
         mean, var, step, weight, bias = self._tensors()
-        r_max, d_max = self._r_max, self._d_max
-        if self.momentum is None:
+        r_max, d_max, momentum = self._r_max, self._d_max, self.momentum
+        if momentum is None:
             r_max, d_max = self._r_max_of_averages, self._d_max_of_averages
         if not self.track_running_stats:
             if mean is None or var is None:
                 return F.batch_norm(input, None, None, weight, bias, True, 0.0, self.eps)
-            if self.training:
-                mean, var, step = mean.clone(), var.clone(), step.clone()
+            if self.training:  # the mean stays the same tensor, by which checkpointing knows the layer
+                momentum, var, step = 0.0, var.clone(), step.clone()
         elif mean.dtype in HALVES:
             self._restore_statistics()
         return batch_renorm(
@@ -151,7 +151,7 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
             weight,
             bias,
             training=self.training,
-            momentum=self.momentum,
+            momentum=momentum,
             eps=self.eps,
             r_max=r_max,
             d_max=d_max,
@@ -183,6 +183,7 @@ class _BatchRenorm(nn.modules.batchnorm._BatchNorm):
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"{'' if self.track_running_stats else 'track_running_stats=False, '}"
             f"bias={self.bias is not None}, r_max={self.r_max}, d_max={self.d_max}, "
             f"running_average={self.running_average!r}"
         )
