@@ -30,7 +30,7 @@ def test_it_is_the_norm_then_drop_then_act(training: bool, backend: str) -> None
     torch.testing.assert_close(layer.state_dict(), norm.state_dict())
 
 
-def test_gradients_pass_an_activation_in_place() -> None:
+def test_gradients_pass_an_activation_in_place(backend: str) -> None:
     layer, norm = BatchRenormAct2d(3), BatchRenorm2d(3)
     assert layer.act.inplace
     x = torch.randn(2, 3, 4, 4, requires_grad=True)

@@ -131,6 +131,7 @@ torchvision_schemas.declare()
 layer = timm.layers.get_norm_act_layer(triton_brn.BatchRenorm2d, "relu")(3)
 assert type(layer) is triton_brn.BatchRenormAct2d and isinstance(layer, timm.layers.BatchNormAct2d)
 assert not [f for f in sys.meta_path if type(f).__module__.startswith("triton_brn")]
+assert layer(torch.randn(2, 3, 4, 4)).min() == 0
 print("fine")
 """
 
@@ -139,7 +140,8 @@ print("fine")
     "imports",
     [
         "import timm; import triton_brn",
-        "import triton_brn; assert 'timm' not in sys.modules; triton_brn.BatchRenormAct2d(3); import timm",
+        "import triton_brn; assert 'timm' not in sys.modules; old = triton_brn.BatchRenormAct2d(3); "
+        "import timm; assert isinstance(old, timm.layers.BatchNormAct2d)",
     ],
 )
 def test_either_may_be_imported_first(imports: str) -> None:
