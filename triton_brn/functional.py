@@ -230,9 +230,11 @@ def _save(ctx: Any, x: Tensor, weight: Tensor | None, saved: eager.Saved, eps: f
     ctx.eps = eps
 
 
-def _plain_backward(*args: Any) -> tuple[Tensor, ...]:
+def _plain_backward(dy, x, weight, saved, training, needs):  # type: ignore[no-untyped-def]
+    if is_dynamo_compiling():  # compiled autograd
+        return ops.backward(dy, x, weight, eager.stacked(saved), training, needs)
     with _AutoDispatchBelowAutograd():
-        return eager.backward(*args)
+        return eager.backward(dy, x, weight, saved, training, needs)
 
 
 # ``apply`` without what torch adds for functorch, which costs 6 us.
