@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _WrappedHook
 from torch.nn.utils import parametrize
 
 from .validate import statistics_dtype
@@ -168,10 +167,9 @@ def share_hooks(layer: nn.Module, new: nn.Module) -> None:
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_is_full_backward_hook")):
             new.__dict__[name] = vars(layer)[name]
     new.__dict__["_load_state_dict_pre_hooks"] = hooks = type(layer._load_state_dict_pre_hooks)()
-    for key, hook in layer._load_state_dict_pre_hooks.items():  # they hold their layer
-        if isinstance(hook, _WrappedHook) and hook.with_module:
-            hook = _WrappedHook(hook.hook, new)
-        hooks[key] = hook
+    for key, hook in layer._load_state_dict_pre_hooks.items():
+        of_layer: Any = hook  # torch wraps it, with a reference to the layer
+        hooks[key] = type(of_layer)(of_layer.hook, new) if getattr(hook, "with_module", False) else hook
 
 
 def _check_holders(modules: list[nn.Module], replaced: dict[nn.Module, nn.Module], caller: str) -> None:
