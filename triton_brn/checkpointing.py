@@ -54,7 +54,7 @@ class Kept(NamedTuple):
 
     shape: torch.Size
     dtype: torch.dtype
-    numbers: Any  # what the backend saved; None: torch's own batch norm served
+    numbers: Any  # what the backend saved
 
 
 class Segment:

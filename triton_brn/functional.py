@@ -119,8 +119,7 @@ def batch_renorm(
     if needs_grad(input, weight, bias) and not traced:  # the operator is differentiable, too
         if not input.is_cpu or not input.numel() or uses_triton(input.device):
             return _training(*tensors, settings)
-        y = eager.batch_norm(*tensors, *settings)
-        return _plain_training(*tensors, settings) if y is None else y
+        return _plain_training(*tensors, settings)
     return ops.forward(*tensors, *settings)[0]
 
 
@@ -253,15 +252,9 @@ def _repeated(tensors: Any, settings: Any, traced: bool) -> Tensor:
         with _AutoDispatchBelowAutograd(), checkpointing.acting(where, kept):
             made = ops.repeated_forward(*tensors, *settings)
     elif kept is None:
-        y = eager.batch_norm(*tensors, *settings)
-        if y is not None:
-            where.keep(x, running_mean, None)
-            return y
         with _AutoDispatchBelowAutograd():
             made = eager.forward(*tensors, *settings)
         where.keep(x, running_mean, made[1])
-    elif kept.numbers is None:
-        return eager.batch_norm_again(x, weight, bias, settings[1])[0]
     else:
         with _AutoDispatchBelowAutograd():
             made = eager.again(x, kept.numbers), kept.numbers

@@ -63,7 +63,7 @@ class _Eager:
 
     @staticmethod
     def backward(dy: Tensor, x: Tensor, weight: Tensor | None, saved: Tensor, *flags: Any) -> Any:
-        return eager.backward(dy, x, weight, eager.unstacked(saved, weight), *flags)
+        return eager.backward(dy, x, weight, eager.unstacked(saved), *flags)
 
 
 def _backend(device: torch.device) -> ModuleType | type[_Eager]:

@@ -1,0 +1,265 @@
+"""The passes of plain PyTorch over x and dy: moments, two sums, and what is then made of them.
+
+torch's kernels for channels side by side, (N, C) and channels_last, keep running float32 sums over all
+rows: at 20 million rows of ones they stop at 16,777,216. Their kernels for maps do so inside a map. Here
+each kernel is given views with more channels, shorter ones, whose results are then merged.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+#: Rows of x and dy that torch's kernels take at once: random numbers lose 1.5e-6 there (measured, as below).
+AT_ONCE = 512
+#: Rows in a running sum else. Random numbers lose 7e-7 there, equal ones 2e-6 at worst.
+RUN = 128
+#: From so many elements on memory is what takes time, and fewer, longer parts, of ``LONG`` elements, are
+#: quicker. Random numbers lose 1e-6 there, equal ones 3e-5: where many are equal the runs are short.
+LARGE, LONG = 2**19, 2**18
+#: Rows up to which torch's own backward may be exact enough: see ``sums_stay_small``.
+MOST_ROWS = 2**17
+#: Elements of a view's row, where C is less. Four vectors of so many fit in the first cache; long runs are
+#: quickest by the second.
+WIDTH, NARROW = 1024, 128
+#: Elements of a map in the backward, which torch's kernel sums in 8 or 16 lanes.
+LONGEST = 4096
+#: Channels from which addcmul, whose inner loop they are, takes rows as they come.
+CHANNELS = 32
+
+
+def moments(dense: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The mean and the biased variance of each channel.
+
+    Third, scratch memory of the size of ``dense`` that they leave, or None.
+    """
+    if has_planes(dense):
+        return moments_of_planes(dense)
+    rows = rows_of(dense) if dense.is_cpu else None
+    if rows is None or len(rows) <= AT_ONCE:
+        mean, var = torch.batch_norm_update_stats(dense, None, None, 1.0)  # type: ignore[call-arg]
+        return mean, var, None
+    return (*moments_of_rows(rows), None)
+
+
+def has_planes(dense: Tensor) -> bool:
+    """Whether group norm is the quicker way to the moments: of contiguous maps, not too small."""
+    if dense.ndim == 2 or not dense.is_cpu or not dense.is_contiguous():
+        return False
+    elements = dense.numel()
+    return elements >= 2**16 and elements >= 32 * dense.shape[0] * dense.shape[1]
+
+
+def moments_of_planes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By torch's group norm, whose sums are vectorised: those of batch norm take four times as long.
+
+    Its groups are single planes; their moments are merged by Chan, Golub and LeVeque's formula (1979).
+    """
+    n, c = x.shape[:2]
+    planes = x.view(n, c, -1)  # of three axes: else torch takes one channel for channels_last, less exactly
+    scratch, means, rstds = torch.native_group_norm(planes, None, None, n, c, planes.shape[2], c, 0.0)
+    mean = means.mean(0)
+    deviations = means.sub_(mean)
+    var = rstds.pow_(-2).addcmul_(deviations, deviations).mean(0)
+    return mean, var, scratch.as_strided_(x.shape, x.stride())  # in place: y must be nobody's view
+
+
+def moments_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of (M, C), by the same formula."""
+    count, c = rows.shape
+    run, width = (RUN, WIDTH) if has_short_runs(rows, 0.3) else long_run(c, 2 * NARROW)
+    means, variances, shares = [], [], []
+    for (part,) in backwards(parts((rows,), run, width)):
+        mean, var = torch.batch_norm_update_stats(part, None, None, 1.0)  # type: ignore[call-arg]
+        means.append(mean.view(-1, c))
+        variances.append(var.view(-1, c))
+        shares += [len(part) / count] * len(means[-1])
+    share = torch.tensor(shares, dtype=torch.float64).unsqueeze_(0)
+    groups = torch.cat(means).double()
+    exact = share @ groups
+    var = share @ groups.sub_(exact).square_().add_(torch.cat(variances))
+    return exact[0].to(rows.dtype), var[0].to(rows.dtype)
+
+
+def sums(dy: Tensor, dense: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """sum(dy (x - mean)) rstd and sum(dy)."""
+    rows = rows_of(dense)
+    if rows is None:
+        planes = (dy.view(*dy.shape[:2], -1), dense.view(*dense.shape[:2], -1))
+        return sums_of_planes(*planes, mean, rstd)
+    dy = side_by_side(dy)
+    if len(rows) <= AT_ONCE:
+        return _sums(dy, rows, mean, rstd)
+    c, repeated, groups = rows.shape[1], Repeated(mean, rstd), []
+    run, width = (RUN, WIDTH) if has_short_runs(dy, 0.05, zeros=False) else long_run(c, NARROW)
+    for dy_part, part in backwards(parts((dy, rows), run, width)):
+        groups.append([v.view(-1, c) for v in _sums(dy_part, part, *repeated(part.shape[1] // c))])
+    products, totals = (torch.cat(g).sum(0) for g in zip(*groups, strict=True))
+    return products, totals
+
+
+def has_short_runs(rows: Tensor, share: float, zeros: bool = True) -> bool:
+    """Whether running sums of (M, C) are to be short: there are few, or many of the numbers are equal."""
+    return rows.numel() < LARGE or has_equals(sample(rows), share, zeros)
+
+
+def long_run(channels: int, width: int) -> tuple[int, int]:
+    return LONG // max(channels, width), width
+
+
+def has_equals(some: Tensor, share: float, zeros: bool) -> bool:
+    """Whether such a share of neighbours in a channel of ``sample`` are equal: all are rounded the same way.
+    ``zeros``: also those that are 0, which a plain sum does not feel."""
+    some = some.view(8, -1, some.shape[1])
+    equal = some[:, 1:] == some[:, :-1]
+    if not equal.any():
+        return False
+    if not zeros:
+        equal.logical_and_(some[:, 1:])
+    return bool((equal.flatten(0, 1).sum(0) > share * 8 * equal.shape[1]).any())
+
+
+def sample(rows: Tensor) -> Tensor:
+    """Eight times 64 rows of (M, C), or what there is."""
+    return rows[: len(rows) // 8 * 8].view(8, -1, rows.shape[1])[:, :64].flatten(0, 1)
+
+
+def sums_of_planes(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Of (N, C, L): channels are cut into several shorter ones."""
+    n, c, length = x.shape
+    cuts = cuts_of(length)
+    whole = length - length % cuts
+    shape = (n, c * cuts, whole // cuts)
+    dy_part, part = (t[:, :, :whole].reshape(shape) for t in (dy, x))  # views, where the cuts leave nothing
+    vectors = mean.repeat_interleave(cuts), rstd.repeat_interleave(cuts)
+    product, total = (v.view(c, cuts).sum(1) for v in _sums(dy_part, part, *vectors))
+    if whole < length:
+        rest = _sums(dy[:, :, whole:].contiguous(), x[:, :, whole:].contiguous(), mean, rstd)
+        return product.add_(rest[0]), total.add_(rest[1])
+    return product, total
+
+
+def needs_parts(dy: Tensor, dense: Tensor, mean: Tensor) -> bool:
+    """Whether torch's kernel for the backward would keep sums too long, of dy as it is."""
+    if not dense.is_cpu:
+        return False
+    rows = rows_of(dense)
+    if rows is None:
+        return dense[0, 0].numel() > LONGEST
+    if len(rows) <= AT_ONCE or not LARGE <= rows.numel() <= MOST_ROWS * rows.shape[1]:
+        return len(rows) > AT_ONCE
+    return not sums_stay_small(side_by_side(dy), rows, mean)
+
+
+def sums_stay_small(dy: Tensor, rows: Tensor, mean: Tensor) -> bool:
+    """Whether a sample shows terms of both signs, none often repeated: torch's running sums then lose 4e-6
+    at most, in a fifth less time."""
+    some = sample(dy)
+    products = (sample(rows) - mean).mul_(some)
+    for terms in (some, products):
+        if not bool((terms.sum(0).abs_() < terms.abs().sum(0).mul_(0.3)).all()):
+            return False
+    return not has_equals(some, 0.05, zeros=False)
+
+
+def affine(rows: Tensor, base: Tensor, slope: Tensor) -> Tensor:
+    """base + x slope of (M, C)."""
+    if len(base) >= CHANNELS or rows.numel() < LARGE:
+        return torch.addcmul(base, rows, slope)
+    out, repeated = torch.empty_like(rows), Repeated(base, slope)
+    for part, result in parts((rows, out), len(rows), WIDTH):
+        bases, slopes = repeated(part.shape[1] // len(base))
+        torch.addcmul(bases, part, slopes, out=result)
+    return out
+
+
+def combined(dy: Tensor, dense: Tensor, a: Tensor, k: Tensor, c: Tensor) -> Tensor:
+    """a dy + k x + c."""
+    if dense.ndim == 2 and len(a) >= CHANNELS:
+        return torch.addcmul(c, dense, k).addcmul_(dy, a)
+    out = torch.empty_like(dense)
+    rows = rows_of(dense)
+    if rows is None:
+        n, channels = dense.shape[:2]
+        planes = (t.view(n * channels, -1) for t in (dy, dense, out))
+        _combine(*planes, *(v.repeat(n).unsqueeze_(1) for v in (a, k, c)))
+        return out
+    views, repeated = (side_by_side(dy), rows, side_by_side(out)), Repeated(a, k, c)
+    for part in [views] if len(a) >= CHANNELS else parts(views, len(rows), WIDTH):
+        _combine(*part, *repeated(part[0].shape[1] // len(a)))
+    return out
+
+
+def parts(tensors: tuple[Tensor, ...], run: int, width: int) -> Iterator[list[Tensor]]:
+    """Views of rows (M, C), the same of each: at most ``run`` long, with several rows side by side, as many
+    as ``width`` holds if they are many enough.
+
+    The last is one row of all that is left.
+    """
+    count, c = tensors[0].shape
+    side = max(min(width // c, -(-count // run)), 1) if run < count else max(width // c, 1)
+    whole = count - count % side
+    for i in range(0, whole, run * side):
+        yield [t[i : min(i + run * side, whole)].view(-1, side * c) for t in tensors]
+    if whole < count:
+        yield [t[whole:].view(1, -1) for t in tensors]
+
+
+def backwards(views: Iterator[list[Tensor]]) -> Iterator[list[Tensor]]:
+    """The last part first: the pass that comes after finds the first in the caches."""
+    return reversed(list(views))
+
+
+class Repeated:
+    """Vectors (C,) for views that have several rows side by side."""
+
+    def __init__(self, *vectors: Tensor) -> None:
+        self.of = {1: vectors}
+
+    def __call__(self, side: int) -> tuple[Tensor, ...]:
+        if side not in self.of:
+            self.of[side] = tuple(v.repeat(side) for v in self.of[1])
+        return self.of[side]
+
+
+def rows_of(dense: Tensor) -> Tensor | None:
+    """The view (M, C) of a tensor whose channels lie side by side; None of any other."""
+    if dense.ndim > 2 and dense.is_contiguous() and dense.numel() > dense.shape[0] * dense.shape[1]:
+        return None
+    return side_by_side(dense)
+
+
+def side_by_side(dense: Tensor) -> Tensor:
+    return dense if dense.ndim == 2 else dense.movedim(1, -1).view(-1, dense.shape[1])
+
+
+@functools.lru_cache(maxsize=256)
+def cuts_of(length: int) -> int:
+    """Into how many parts a map is cut: a divisor, if there is one that leaves parts of 32 at least."""
+    least = -(-length // (LONGEST // 2))
+    return next((n for n in range(least, length // 32 + 1) if length % n == 0), least)
+
+
+def expanded_sum(dy: Tensor) -> Tensor | None:
+    """sum(dy) of a gradient that is expanded, as from ``.sum()``: exact; None of any other."""
+    if 0 not in dy.stride():
+        return None
+    count = 1
+    for axis, (size, stride) in enumerate(zip(dy.shape, dy.stride(), strict=True)):
+        if stride == 0 and axis != 1:
+            dy, count = dy.narrow(axis, 0, 1), count * size
+    return dy.sum([0, *range(2, dy.ndim)], dtype=torch.float64).mul_(count)
+
+
+def _sums(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    mask = [False, True, True]
+    return aten.native_batch_norm_backward(dy, x, None, None, None, mean, rstd, True, 0.0, mask)[1:]
+
+
+def _combine(dy: Tensor, x: Tensor, out: Tensor, a: Tensor, k: Tensor, c: Tensor) -> None:
+    torch.addcmul(c, x, k, out=out).addcmul_(dy, a)
