@@ -51,6 +51,7 @@ def test_gradients_pass_an_activation_in_place(backend: str) -> None:
         ({"act_layer": nn.GELU}, "GELU(approximate='none')"),
         ({"act_layer": nn.GELU, "act_kwargs": {"approximate": "tanh"}}, "GELU(approximate='tanh')"),
         ({"act_layer": nn.ELU, "act_kwargs": {"alpha": 0.2, "inplace": False}}, "ELU(alpha=0.2)"),
+        ({"act_layer": nn.ELU, "act_kwargs": {"alpha": 0.5}}, "ELU(alpha=0.5, inplace=True)"),
         ({"act_layer": "relu"}, "ReLU(inplace=True)"),
         ({"act_layer": "hard_swish"}, "Hardswish()"),
         ({"act_layer": "leaky_relu"}, "LeakyReLU(negative_slope=0.01, inplace=True)"),
