@@ -184,8 +184,9 @@ def test_files_load_without_this_package(eager: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
-@pytest.mark.parametrize("dynamic", [True, False])
-def test_onnx(dynamo: bool, dynamic: bool, eager: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dynamic", "training"), [(True, False), (False, False), (False, True)])
+@pytest.mark.filterwarnings("ignore:Exporting a model while it is in training mode")
+def test_onnx(dynamo: bool, dynamic: bool, training: bool, eager: None, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
     if dynamo:
@@ -197,10 +198,12 @@ def test_onnx(dynamo: bool, dynamic: bool, eager: None, tmp_path: Path) -> None:
             {"dynamic_shapes": ({0: torch.export.Dim.DYNAMIC},)} if dynamo else {"dynamic_axes": {"x": sizes}}
         )
     model, x = network(), torch.randn(2, 3, 6, 6)
+    model.train(training)  # the exporters do what they do with BatchNorm: warn, and export inference
     path = str(tmp_path / "model.onnx")
     with contextlib.redirect_stdout(io.StringIO()):
         torch.onnx.export(model, (x,), path, input_names=["x"], dynamo=dynamo, **options)
     assert [node.op_type for node in onnx.load(path).graph.node] == ["Conv", "Relu", "Conv", "Relu"]
+    model.eval()
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for batch in (2, 5) if dynamic else (2,):
         x = torch.randn(batch, 3, 6, 6)

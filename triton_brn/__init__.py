@@ -7,6 +7,7 @@ if not (_here / "kernels" / "__init__.py").is_file() and (_here.parent / "pyproj
     # A plain checkout: triton_brn.kernels is the folder kernels/ beside this package.
     __path__.append(str(_here.parent))
 
+from . import exported as _exported  # noqa: E402
 from . import fusers as _fusers  # noqa: E402
 from .activated import BatchRenormAct2d  # noqa: E402
 from .convert import convert_batchnorm, revert_to_batchnorm  # noqa: E402
@@ -34,4 +35,5 @@ __all__ = [
     "tune",
 ]
 
+_exported.register()
 _fusers.register()

@@ -7,15 +7,13 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active, _AutoDispatchBelowAutograd
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
-from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from . import checkpointing, composed, eager, ops
+from . import checkpointing, composed, eager, ops, traces
 from .backend import uses_triton
 from .ops import is_traced
 from .ramp import Limit, Ramp, as_ramp
@@ -78,16 +76,9 @@ def batch_renorm(
     """
     traced = is_traced(input)
     if traced and not isinstance(input, Tensor):
-        if not has_torch_function_unary(input):
-            raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
-        return handle_torch_function(  # torch.fx passes stand-ins
+        return traces.of_stand_in(
             batch_renorm,
-            (input,),
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
+            (input, running_mean, running_var, weight, bias),
             training=training,
             momentum=momentum,
             eps=eps,
@@ -97,8 +88,8 @@ def batch_renorm(
             running_average=running_average,
         )
     transformed = _are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if traced and not (training or transformed):
-        return traced_inference(input, running_mean, running_var, weight, bias, eps)
+    if traced and not transformed and not (training and traces.train()):
+        return traces.inference(input, running_mean, running_var, weight, bias, eps)
     settings = settings_of(momentum, eps, r_max, d_max, running_average)
     check_tensors(input, running_mean, running_var, weight, bias, num_batches_tracked)
     if transformed:
@@ -121,13 +112,6 @@ def batch_renorm(
             return _training(*tensors, settings)
         return _plain_training(*tensors, settings)
     return ops.forward(*tensors, *settings)[0]
-
-
-def traced_inference(x, running_mean, running_var, weight, bias, eps):  # type: ignore[no-untyped-def]
-    """By torch's own operator, which whoever traces knows: exported, folded into a convolution, fused."""
-    dtype = running_mean.dtype  # torch takes no half-precision weight beside float32 statistics
-    weight, bias = eager.in_dtype(weight, dtype), eager.in_dtype(bias, dtype)
-    return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
 
 
 def settings_of(*numbers: Any) -> Settings:
@@ -312,32 +296,3 @@ def _gradients(backward: Callable[..., Any], training: bool, ctx: Any, dy, x, we
                 raise
             grads = composed.backward(dy, x, weight, saved, training, ctx.eps)
     return grads if all(needs) else tuple(g if need else None for g, need in zip(grads, needs, strict=True))
-
-
-class BatchRenormOperator(torch.autograd.Function):
-    """The operator itself, as graphs call it that were exported in training."""
-
-    @staticmethod
-    def forward(ctx: Any, *args):  # type: ignore[no-untyped-def]
-        x, weight, *_ = args
-        y, saved = _below_autograd(*args)
-        ctx.save_for_backward(x, weight, saved)
-        ctx.mark_non_differentiable(saved)
-        ctx.eps = args[7]
-        return y, saved
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor):  # type: ignore[no-untyped-def]
-        return (*_gradients(ops.backward, True, ctx, dy, *ctx.saved_tensors), *[None] * 8)
-
-
-def _below_autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    with _AutoDispatchBelowAutograd():
-        return ops.OPS.forward(*args)
-
-
-def _differentiable(*args: Any) -> tuple[Tensor, Tensor]:
-    return BatchRenormOperator.apply(*args) if needs_grad(*args[:3]) else _below_autograd(*args)
-
-
-ops.implement("forward", _differentiable, "Autograd")

@@ -1,0 +1,41 @@
+"""What those who trace a call are given: a node of torch.fx's, or torch's own batch norm."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import _is_tracing
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from .eager import in_dtype
+
+
+def of_stand_in(function: Callable[..., Any], tensors: tuple[Any, ...], **options: Any) -> Any:
+    """The call of ``function`` with what torch.fx passes for a tensor: a node of its graph."""
+    if not has_torch_function_unary(tensors[0]):
+        raise TypeError(f"input: expected a tensor, got {type(tensors[0]).__name__}")
+    return handle_torch_function(function, tensors[:1], *tensors, **options)
+
+
+def train() -> bool:
+    """Whether a training call that is traced trains.
+
+    torch.onnx.export warns of a model in training mode, and exports BatchNorm as in eval all the same;
+    where it goes by jit.trace, it has put the model in eval mode itself, unless it was told not to.
+    """
+    if is_dynamo_compiling() or _is_tracing():
+        return True
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is None or not onnx.is_in_onnx_export()
+
+
+def inference(x, running_mean, running_var, weight, bias, eps) -> Tensor:  # type: ignore[no-untyped-def]
+    """By torch's own operator, which whoever traces knows: exported, folded into a convolution, fused."""
+    dtype = running_mean.dtype  # torch takes no half-precision weight beside float32 statistics
+    weight, bias = in_dtype(weight, dtype), in_dtype(bias, dtype)
+    return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
