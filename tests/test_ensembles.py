@@ -216,6 +216,17 @@ def test_statistics_are_exact(dtype: torch.dtype, momentum: float | None, averag
     assert_accurate(case.running_var, truth.running_var)
 
 
+def test_a_channel_that_overflows_keeps_its_statistics(eager: None) -> None:
+    (layer,) = members(1)
+    layer.float()
+    before = copy.deepcopy(layer)
+    x = torch.randn(5, 3)
+    x[:, 1] *= 1e25
+    grad(lambda x: layer(x)[:, 0].sum())(x)
+    for now, then in zip(layer.buffers(), before.buffers(), strict=True):
+        assert (now != then).tolist() == ([True, False, True] if now.ndim else True)
+
+
 def test_bad_input_is_refused_first(backend: str) -> None:
     (layer,) = members(1)
     before = copy.deepcopy(layer.state_dict())
