@@ -44,7 +44,7 @@ def forward(  # type: ignore[no-untyped-def]
     running = (running_mean, running_var, step)
     settings = numbers((momentum, eps, tuple(r_max), tuple(d_max)))
     arguments = (x, y, (weight, bias), running, saved, call.workspace(saved), *call.view, settings)
-    flags = [(*phase, call.plan.kept, call.plan.split, average_std) for phase in call.phases]
+    flags = [(*phase, *call.how, average_std) for phase in call.phases]
     if not call.launch(batch_renorm_forward_kernel, arguments, flags, (aligned, dtype_of(weight, bias))):
         return forward(x, *given[1:], *rest, call.retreated(x, saved.dtype))
     torch.autograd.graph.increment_version([t for t in running if t is not None])  # autograd saw nothing
@@ -121,7 +121,7 @@ def backward(dy, x, weight, saved, training, needs, call=None):  # type: ignore[
         phases: tuple[tuple[bool, bool], ...] = ((True, False),)
     else:
         phases = call.phases if training else ((wanted, True),)
-    flags = [(training, *phase, call.plan.kept, call.plan.split) for phase in phases]
+    flags = [(training, *phase, *call.how) for phase in phases]
     key = (aligned, like.dtype, saved.dtype, dx is None, wanted)
     if not call.launch(batch_renorm_backward_kernel, arguments, flags, key):
         return backward(dy, x, weight, saved, training, needs, call.retreated(x, saved.dtype))
@@ -154,6 +154,7 @@ class Call:
         self.stream = 0 if INTERPRETED else current_stream(x.device.index or 0)
         self.given, self.spills = plan is not None, 0
         self.plan = plan or tuned_plan(direction, view, x, self.device)
+        self.how = (self.plan.kept, self.plan.split)
         #: The launches: whether each makes statistics, or sums, and whether it applies them.
         two = self.plan.strategy == "two_launch"
         self.phases = ((True, False), (False, True)) if two else ((True, True),)
