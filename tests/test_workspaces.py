@@ -6,6 +6,7 @@ The pools and streams of a GPU have stand-ins here; kernels run on whatever the 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from reference import LAYOUTS, inputs
 from test_kernels import EVERYWHERE, assert_nobody_waits, check
 
 from triton_brn import BatchRenorm1d, forced_strategy, workspaces
+from triton_brn.views import View
 
 launch = pytest.importorskip("triton_brn.launch", reason="Triton is not installed")
 
@@ -188,3 +190,30 @@ def test_a_retreat_changes_no_call_that_a_thread_is_using(device) -> None:
     assert call.plan == plan
     assert instead.plan.strategy == "two_launch"
     assert launch.prepared("forward", x, torch.float32)[1] is instead
+
+
+def test_threads_that_come_first_compile_once(device) -> None:
+    call = launch.Call("inference", View(2, 3, 4), torch.empty(2, 3, 4, device=device), torch.float32)
+    compiled: list[tuple] = []
+
+    class Kernel:
+        n_spills = 0
+
+        def warmup(self, *arguments: object, **options: object) -> Kernel:
+            compiled.append(arguments)
+            time.sleep(0.05)
+            return self
+
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            return grid
+
+    kernel, start = Kernel(), threading.Barrier(4)
+
+    def first(_: int) -> object:
+        start.wait()
+        return call.compiled(kernel, (), (True,), "key")
+
+    with ThreadPoolExecutor(4) as pool:
+        runs = list(pool.map(first, range(4)))
+    assert len(compiled) == 1
+    assert runs == [(call.plan.slots, call.plan.splits, 1)] * 4

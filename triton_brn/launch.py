@@ -134,8 +134,9 @@ class DoesNotFit(ValueError):
 
 #: Numbers per channel that a split hands in, and that are published, see the kernels.
 EXCHANGED = {"forward": (3, 2), "backward": (2, 3)}
-#: Triton's interpreter exchanges its language's functions while a kernel runs.
-_interpreter = threading.Lock()
+#: Triton's interpreter exchanges its language's functions while a kernel runs; its compiler is not said to
+#: serve several threads at a time.
+_one_thread = threading.Lock()
 
 
 class Call:
@@ -192,7 +193,7 @@ class Call:
         tile = self.plan.tile
         with on_device(arguments[0]):
             if INTERPRETED:
-                with _interpreter:
+                with _one_thread:
                     for flags in phases:
                         kernel[self.plan.slots, self.plan.splits, 1](*arguments, *flags, tile)
                 return True
@@ -208,14 +209,17 @@ class Call:
 
     def compiled(self, kernel: Any, arguments: tuple[Any, ...], flags: tuple[bool, ...], key: Any) -> Any:
         """The kernel over the plan's grid, compiled. None if its programs wait and would not fit."""
-        grid, options = (self.plan.slots, self.plan.splits, 1), self.plan.options(self.device)
-        compiled = kernel.warmup(*arguments, *flags, self.plan.tile, grid=grid, **options)
-        run = compiled[grid]
-        self.spills = max(self.spills, compiled.n_spills)
-        if self.plan.waits and not self.fits(compiled):
-            return None
-        self.bound[flags, key] = run
-        return run
+        with _one_thread:
+            if (flags, key) in self.bound:  # another thread was quicker
+                return self.bound[flags, key]
+            grid, options = (self.plan.slots, self.plan.splits, 1), self.plan.options(self.device)
+            compiled = kernel.warmup(*arguments, *flags, self.plan.tile, grid=grid, **options)
+            run = compiled[grid]
+            self.spills = max(self.spills, compiled.n_spills)
+            if self.plan.waits and not self.fits(compiled):
+                return None
+            self.bound[flags, key] = run
+            return run
 
     def fits(self, compiled: Any) -> bool:
         """Whether all programs of the grid run at the same time, by what the kernel was compiled to."""
