@@ -93,6 +93,7 @@ TENSORS = [
     ("running_var", lambda: torch.ones(4), ValueError),
     ("running_var", lambda: torch.ones(3, 1), ValueError),
     ("running_var", lambda: torch.ones(6)[::2], ValueError),
+    ("running_var", lambda: torch.ones(3, requires_grad=True), ValueError),
     ("running_var", lambda: torch.ones(3, dtype=torch.bfloat16), TypeError),
     ("running_var", lambda: torch.ones(3, device="meta"), ValueError),
     ("weight", lambda: torch.ones(4), ValueError),
