@@ -156,6 +156,21 @@ def test_gradients_in_batches(
         assert_same(b, torch.stack(e), 1e-6 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize(
+    ("shape", "layout"), [((4096, 160), "contiguous"), ((8, 5, 64, 64), "channels_last")]
+)
+def test_gradients_of_large_inputs_in_batches(shape: tuple[int, ...], layout: str, eager: None) -> None:
+    """Plain PyTorch has ways of its own for them."""
+    case = inputs(shape, layout=layout)
+    leaves = [t.requires_grad_() for t in (case.x, case.weight, case.bias)]
+    y = batch_renorm(*case.args, training=True)
+    dys = torch.stack([case.dy, case.dy.flip(0)])
+    batched = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in dys]
+    for b, e in zip(batched, zip(*each, strict=True), strict=True):
+        assert_same(b, torch.stack(e), 3e-6)
+
+
 def test_gradients_in_batches_that_can_be_differentiated(backend: str) -> None:
     dys, results = torch.randn(2, 5, 3, dtype=DOUBLE), []
     for batched in (True, False):
