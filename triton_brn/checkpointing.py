@@ -42,6 +42,7 @@ _BACKWARD = tuple(
 _ENGINE = torch.autograd.graph._engine_run_backward.__code__
 #: By their ids; those of saved-tensor hooks that are not known join when seen, for one may recompute.
 _MARKS: dict[int, CodeType] = {id(code): code for code in (_FORWARD, *_BACKWARD, _ENGINE)}
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _ATTRIBUTE = "_triton_brn_segment"
 #: Recomputations of one segment whose positions are kept: as many as may run at a time, and more.
 _RUNS = 64
@@ -95,13 +96,14 @@ def segment_of(owner: Any) -> Segment:
 class Place(NamedTuple):
     """Where a training call stands: what it repeats, and who may repeat it later."""
 
+    layer: int
     source: Segment | None  # the segment that is being recomputed
     run: Any  # which recomputation of it
     what: str  # the source, for messages
     later: list[Segment]  # segments whose first pass this is
     ahead: bool = False  # whether the source's first pass goes on: it called for a backward
 
-    def again(self, x: Tensor, running_mean: Tensor) -> Kept | None:
+    def again(self, x: Tensor) -> Kept | None:
         """What this call left when it ran first; None: this is its first time.
 
         Raises:
@@ -109,12 +111,11 @@ class Place(NamedTuple):
         """
         if self.source is None:
             return None
-        layer = running_mean.data_ptr()
-        kept = self.source.take(layer, self.run)
+        kept = self.source.take(self.layer, self.run)
         if kept is None:
             if self.ahead:
                 raise torch.utils.checkpoint._StopRecomputationError  # it has made all that is asked for
-            if not torch.is_grad_enabled() and layer not in self.source.calls:
+            if not torch.is_grad_enabled() and self.layer not in self.source.calls:
                 return None  # nothing is differentiated: no recomputation
             raise RuntimeError(_MISSING.format(self.what))
         if (kept.shape, kept.dtype) != (x.shape, x.dtype):
@@ -122,14 +123,14 @@ class Place(NamedTuple):
                 _OTHER.format(self.what, tuple(kept.shape), kept.dtype, tuple(x.shape), x.dtype)
             )
         for segment in self.later:
-            segment.add(layer, kept)
+            segment.add(self.layer, kept)
         return kept
 
-    def keep(self, x: Tensor, running_mean: Tensor, numbers: Any) -> None:
+    def keep(self, x: Tensor, numbers: Any) -> None:
         """Leave the numbers of a first pass."""
         kept = Kept(x.shape, x.dtype, numbers)
         for segment in self.later:
-            segment.add(running_mean.data_ptr(), kept)
+            segment.add(self.layer, kept)
 
 
 _CURE = (
@@ -173,12 +174,22 @@ def trained(running_mean: Tensor) -> bool:
     """Whether the call that runs now recomputes a training call, whatever its layer's mode is now."""
     if _current_graph_task_id() < 0 and _top_saved_tensors_default_hooks(True) is None:
         return False
-    source = place(running_mean).source
-    return source is not None and running_mean.data_ptr() in source.calls
+    here = place(layer_of(running_mean))
+    return here.source is not None and here.layer in here.source.calls
 
 
-def place(running_mean: Tensor) -> Place:
-    """Where the training call that runs now stands; ``running_mean``: of its layer.
+#: The layer of all calls from compiled graphs, which may pass copies of the statistics: they are told by
+#: their order alone, which the graph keeps.
+IN_A_GRAPH = 0
+
+
+def layer_of(running_mean: Tensor) -> int:
+    """What tells a layer's calls from others': where its statistics are."""
+    return running_mean.data_ptr() if type(running_mean) in PLAIN_TENSORS else id(running_mean)
+
+
+def place(layer: int) -> Place:
+    """Where the training call of this layer that runs now stands.
 
     Python's frames, innermost first, say which segments it is in the first pass of, up to the backward or
     the recomputation that it is part of; the stack of saved-tensor hooks says it of ``use_reentrant=False``.
@@ -196,26 +207,26 @@ def place(running_mean: Tensor) -> Place:
     recomputed, run = checkpoints(later)
     task = _current_graph_task_id()
     if frame is None or frame.f_code is _ENGINE:
-        if task >= 0 and any(running_mean.data_ptr() in segment.calls for segment in _segments):
+        if task >= 0 and any(layer in segment.calls for segment in _segments):
             raise RuntimeError(_IN_HOOK)
-        return Place(None, None, "", later)
+        return Place(layer, None, None, "", later)
     if frame.f_code in _BACKWARD:
         ctx = frame.f_locals["self"]
         what = f"the backward of {function_of(ctx).__name__}"
         if is_compiled(ctx):
             raise RuntimeError(_COMPILED.format(what))
-        return Place(segment_of(ctx), task, what, later)
+        return Place(layer, segment_of(ctx), task, what, later)
     if recomputed is None:
         raise RuntimeError(_IN_UNPACK.format(frame.f_code.co_name))
     ahead = not getattr(recomputed, "forward_completed", True)
-    return Place(segment_of(recomputed), run, "torch.utils.checkpoint", later, ahead)
+    return Place(layer, segment_of(recomputed), run, "torch.utils.checkpoint", later, ahead)
 
 
 def refuse_recomputation(running_mean: Tensor, where: str) -> None:
     """Raise a RuntimeError if the training call that runs now is a recomputation."""
     while is_functorch_wrapped_tensor(running_mean):
         running_mean = get_unwrapped(running_mean)
-    here = place(running_mean)
+    here = place(layer_of(running_mean))
     if here.source is not None:
         raise RuntimeError(_ELSEWHERE.format(here.what, where))
 
@@ -304,9 +315,9 @@ def acting(where: Place, kept: Kept | None) -> Iterator[None]:
         _acting.call = None
 
 
-def call_of(x: Tensor, running_mean: Tensor) -> tuple[Place, Kept | None]:
+def call_of(x: Tensor) -> tuple[Place, Kept | None]:
     """The place of an operator's call and, if it is a recomputation, what its first pass left."""
     if _acting.call is not None:
         return _acting.call
-    where = place(running_mean)
-    return where, where.again(x, running_mean)
+    where = place(IN_A_GRAPH)
+    return where, where.again(x)

@@ -228,8 +228,8 @@ _plain_training = super(torch.autograd.Function, PlainBatchRenorm).apply
 def _repeated(tensors: Any, settings: Any, traced: bool) -> Tensor:
     """A training call that may run again, or runs again: see checkpointing.py."""
     x, weight, bias, running_mean, *_ = tensors
-    where = checkpointing.place(running_mean)
-    kept = where.again(x, running_mean)
+    where = checkpointing.place(checkpointing.layer_of(running_mean))
+    kept = where.again(x)
     function: Any = RepeatedPlainBatchRenorm
     if traced or not x.is_cpu or uses_triton(x.device):
         function = RepeatedBatchRenorm
@@ -238,7 +238,7 @@ def _repeated(tensors: Any, settings: Any, traced: bool) -> Tensor:
     elif kept is None:
         with _AutoDispatchBelowAutograd():
             made = eager.forward(*tensors, *settings)
-        where.keep(x, running_mean, made[1])
+        where.keep(x, made[1])
     else:
         with _AutoDispatchBelowAutograd():
             made = eager.again(x, kept.numbers), kept.numbers

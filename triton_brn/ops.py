@@ -30,6 +30,14 @@ _library.define(
     " bool average_std) -> (Tensor y, Tensor saved)",
     tags=_tags,
 )
+# The two halves of forward, for a graph whose backward runs the second one again.
+_library.define(
+    "statistics(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var,"
+    " Tensor(c!)? num_batches_tracked, float momentum, float eps, float[] r_max, float[] d_max,"
+    " bool average_std) -> Tensor saved",
+    tags=_tags,
+)
+_library.define("normalise(Tensor x, Tensor? weight, Tensor? bias, Tensor saved) -> Tensor y", tags=_tags)
 _library.define(
     "inference(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps,"
     " bool save) -> (Tensor y, Tensor saved)",
@@ -93,16 +101,16 @@ def _operator(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
 def _repeated_forward(*args: Any) -> Any:
     """``forward`` where it may run again, or runs again: see checkpointing.py."""
-    x, weight, bias, running_mean = args[:4]
+    x, weight, bias = args[:3]
     if not checkpointing.acts() or x.numel() == 0:
         return _implementations["forward"](*args)
     with _AutoDispatchBelowAutograd():
-        where, kept = checkpointing.call_of(x, running_mean)
+        where, kept = checkpointing.call_of(x)
         backend = _backend(x.device)
         if kept is not None:
             return backend.again(x, weight, bias, kept.numbers)
         y, saved, numbers = backend.kept_forward(*args)
-        where.keep(x, running_mean, numbers)
+        where.keep(x, numbers)
         return y, saved
 
 
@@ -151,9 +159,6 @@ class OPS:
     backward = torch.ops.triton_brn.backward.default
 
 
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
-
-
 def _caller(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The operator as the layers call it: for plain tensors that nobody traces, its implementation.
 
@@ -171,7 +176,7 @@ def _caller(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]
 def is_traced(x: Tensor) -> bool:
     """Whether somebody looks on: a compiler, jit.trace, fx, a subclass of Tensor, a dispatch mode."""
     return (
-        type(x) not in _PLAIN_TENSORS
+        type(x) not in checkpointing.PLAIN_TENSORS
         or is_dynamo_compiling()  # other compilers pass tensors of their own
         or bool(_len_torch_dispatch_stack())
         or _is_tracing()
