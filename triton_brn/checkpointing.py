@@ -27,10 +27,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import _autograd, _current_graph_task_id, _is_fwd_grad_enabled
-from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C import _current_graph_task_id, _is_fwd_grad_enabled
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.autograd.function import BackwardCFunction, Function
+
+from . import saved_tensor_hooks
 
 #: Python code that autograd runs: a Function's forward, its backward, the engine.
 _FORWARD = Function.apply.__code__
@@ -153,18 +154,21 @@ _IN_UNPACK = (
     "batch_renorm: a training call inside {}, a saved-tensor hook that is not torch's checkpointing: what it"
     " recomputes cannot be told. " + _CURE
 )
-_COMPILED = "batch_renorm: a training call is recomputed inside {}, which torch.compile made. " + _CURE
+_COMPILED = (
+    "batch_renorm: {}, which torch.compile made, computes a training call again and would update the running"
+    " statistics twice. Checkpoint around the compiled module, not within. If an earlier triton_brn left the"
+    " graph in the compiler's cache, clear it (TORCHINDUCTOR_CACHE_DIR)."
+)
 _ELSEWHERE = (
     "batch_renorm: a training call is recomputed inside {}, in {}, which takes no numbers of a first pass."
     " Do one without the other."
 )
-_UNKNOWN = "batch_renorm: this torch checkpoints in a way that is not known ({}). Pass use_reentrant=True."
 
 
 def acts() -> bool:
     """Whether a forward that runs now may run again, or runs again: 0.15 us to see that it does not."""
     return (
-        _top_saved_tensors_default_hooks(True) is not None
+        saved_tensor_hooks.top(True) is not None
         or _current_graph_task_id() >= 0
         or not (is_grad_enabled() or _is_fwd_grad_enabled())  # in a Function's forward, both are off
     )
@@ -172,7 +176,7 @@ def acts() -> bool:
 
 def trained(running_mean: Tensor) -> bool:
     """Whether the call that runs now recomputes a training call, whatever its layer's mode is now."""
-    if _current_graph_task_id() < 0 and _top_saved_tensors_default_hooks(True) is None:
+    if _current_graph_task_id() < 0 and saved_tensor_hooks.top(True) is None:
         return False
     here = place(layer_of(running_mean))
     return here.source is not None and here.layer in here.source.calls
@@ -260,8 +264,8 @@ def checkpoints(later: list[Segment]) -> tuple[Any, Any]:
     """The ``_CheckpointFrame`` that is being recomputed and its hook, if any. Those above it on the stack of
     hooks, whose first pass this is, join ``later``."""
     task = _current_graph_task_id()
-    for pack, unpack in hooks():
-        owner = checkpoint_frame(pack)
+    for pack, unpack in saved_tensor_hooks.stack():
+        owner = saved_tensor_hooks.checkpoint_frame(pack)
         if owner is None:
             code = getattr(unpack, "__code__", None)
             if code is not None:
@@ -271,31 +275,6 @@ def checkpoints(later: list[Segment]) -> tuple[Any, Any]:
         elif (segment := segment_of(owner)).task == task:  # else it is outside this backward
             later.append(segment)
     return None, None
-
-
-def hooks() -> list[tuple[Any, Any]]:
-    """This thread's saved-tensor hooks, innermost first. torch shows the innermost only."""
-    if not _autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
-        return []
-    found = []
-    while (pair := _autograd._top_saved_tensors_default_hooks(True)) is not None:
-        found.append(pair)
-        _autograd._pop_saved_tensors_default_hooks()
-    for pair in reversed(found):
-        _autograd._push_saved_tensors_default_hooks(*pair)
-    return found
-
-
-def checkpoint_frame(pack: Any) -> Any:
-    """The ``_CheckpointFrame`` that a saved-tensor hook closes over or refers to weakly, or None."""
-    for cell in getattr(inspect.unwrap(pack), "__closure__", None) or ():
-        held = cell.cell_contents
-        held = held() if isinstance(held, weakref.ref) else held
-        if type(held).__name__ == "_CheckpointFrame":
-            return held
-    if getattr(pack, "__module__", "") == torch.utils.checkpoint.__name__:
-        raise RuntimeError(_UNKNOWN.format(pack.__qualname__))
-    return None
 
 
 class _Acting(threading.local):

@@ -100,6 +100,15 @@ def again(x: Tensor, saved: Saved) -> Tensor:
     return like(normalised(dense, saved.line), x)
 
 
+def normalise(x, weight, bias, stacked):  # type: ignore[no-untyped-def]
+    """y of a forward from what its operator returned, (5, C)."""
+    saved = unstacked(stacked)
+    weight, bias = (in_dtype(v, saved.mean.dtype) for v in (weight, bias))
+    scale, shift = corrected(weight, bias, saved.r, saved.d)
+    at, one = saved.mean if saved.rest is None else saved.rest, torch.ones_like(saved.mean)
+    return again(x, saved._replace(line=(scale * saved.rstd, shift, at, one, one, 0.0)))
+
+
 def corrected(scale, shift, r, d):  # type: ignore[no-untyped-def]
     """gamma r and beta + gamma d."""
     if scale is None:

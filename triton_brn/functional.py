@@ -13,7 +13,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from . import checkpointing, composed, eager, ops, traces
+from . import checkpointing, composed, eager, ops, recomputed_graphs, traces
 from .backend import uses_triton
 from .ops import is_traced
 from .ramp import Limit, Ramp, as_ramp
@@ -296,3 +296,6 @@ def _gradients(backward: Callable[..., Any], training: bool, ctx: Any, dy, x, we
                 raise
             grads = composed.backward(dy, x, weight, saved, training, ctx.eps)
     return grads if all(needs) else tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+recomputed_graphs.register()

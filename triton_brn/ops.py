@@ -67,6 +67,21 @@ class _Eager:
     def again(x: Tensor, weight: Any, bias: Any, saved: eager.Saved) -> tuple[Tensor, Tensor]:
         return eager.again(x, saved), eager.stacked(saved)
 
+    @staticmethod
+    def statistics(*args: Any) -> Tensor:
+        y, numbers = eager.forward(*args)
+        saved = eager.stacked(numbers)
+        saved._triton_brn_y, saved._triton_brn_numbers = y, numbers  # type: ignore[attr-defined]
+        return saved
+
+    @staticmethod
+    def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, saved: Tensor) -> Tensor:
+        y = saved.__dict__.pop("_triton_brn_y", None)
+        numbers = saved.__dict__.get("_triton_brn_numbers")  # with them y is the same to the bit
+        if y is None:
+            y = eager.normalise(x, weight, bias, saved) if numbers is None else eager.again(x, numbers)
+        return y
+
     inference = staticmethod(eager.inference)
 
     @staticmethod
@@ -93,7 +108,8 @@ def _operator(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         with _AutoDispatchBelowAutograd():  # saves 2 us per torch operation where inputs require grad
             if args[0].numel() == 0:
-                return tuple(t.zero_() for t in fake(*args))
+                made = fake(*args)
+                return made.zero_() if isinstance(made, Tensor) else tuple(t.zero_() for t in made)
             return getattr(_backend(args[0].device), name)(*args)
 
     return run
@@ -118,6 +134,14 @@ def _forward_fake(x, weight, bias, running_mean, running_var, *_):  # type: igno
     return torch.empty_like(x), running_mean.new_empty((5, x.shape[1]))
 
 
+def _statistics_fake(*args: Any) -> Tensor:
+    return _forward_fake(*args)[1]
+
+
+def _normalise_fake(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _inference_fake(x, weight, bias, running_mean, running_var, eps, save):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), running_mean.new_empty((5, x.shape[1]) if save else (0,))
 
@@ -132,6 +156,8 @@ def _backward_fake(dy, x, weight, saved, training, needs):  # type: ignore[no-un
 _implementations: dict[str, Callable[..., Any]] = {}
 for _name, _fake in (
     ("forward", _forward_fake),
+    ("statistics", _statistics_fake),
+    ("normalise", _normalise_fake),
     ("inference", _inference_fake),
     ("backward", _backward_fake),
 ):
@@ -151,10 +177,17 @@ def implement(name: str, function: Callable[..., Any], key: str) -> None:
     _library.impl(name, function, key)
 
 
+def dispatch(name: str, mode: type, rule: Callable[..., Any]) -> None:
+    """What a dispatch mode does when it meets an operator, instead of its ``__torch_dispatch__``."""
+    torch.library.register_torch_dispatch(f"{NAMESPACE}::{name}", mode, rule, lib=_library)
+
+
 class OPS:
     """The operators' only overloads."""
 
     forward = torch.ops.triton_brn.forward.default
+    statistics = torch.ops.triton_brn.statistics.default
+    normalise = torch.ops.triton_brn.normalise.default
     inference = torch.ops.triton_brn.inference.default
     backward = torch.ops.triton_brn.backward.default
 

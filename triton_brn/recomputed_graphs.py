@@ -1,10 +1,9 @@
-"""torch.compile around a checkpointed segment: its backward normalises again, from statistics that are kept.
+"""torch.compile around a checkpointed segment: its backward normalises again, by statistics that were saved.
 
-A compiled graph is cut in two, and the backward's part computes again what the segment tags. An operator that
-updates the running statistics must not be among that; but its y must, or checkpointing saves no memory. So
-while such a graph is traced, ``forward`` becomes ``statistics``, which is saved, a few numbers per channel,
-and ``normalise``, which is not. They cost no more than ``forward``: what ``statistics`` computes on the way,
-y, waits for the ``normalise`` that follows it.
+The compiler traces the segment once, with the dispatch modes of selective checkpointing, which tag each
+operation as one to save or to compute again in the backward. One that updates the running statistics must
+not be computed again; but its y must, or checkpointing would save no memory. So ``forward`` is traced as
+``statistics``, a few numbers per channel that are saved, and ``normalise``, tagged as the user's policy says.
 """
 
 from __future__ import annotations
@@ -12,24 +11,28 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import torch
 import torch.utils.checkpoint
-from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from . import ops
 
-_WAITING = "_triton_brn_y"
+
+def _in_halves(mode: Any, function: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+    """``forward`` under a mode of selective checkpointing."""
+    proxies = get_proxy_mode()
+    if proxies is None:  # nobody traces: checkpointing.py sees to it
+        return mode.__torch_dispatch__(function, types, args, kwargs or {})
+    nodes = proxies.tracer.graph.nodes  # type: ignore[attr-defined]
+    before = len(nodes)
+    with mode:
+        saved = ops.OPS.statistics(*args)
+    for node in itertools.islice(reversed(nodes), len(nodes) - before):
+        node.meta["recompute"] = torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
+    with mode:
+        return ops.OPS.normalise(*args[:3], saved), saved
 
 
-def statistics(*args: Any) -> Tensor:
-    y, saved = ops._implementations["forward"](*args)
-    setattr(saved, _WAITING, y)
-    return saved
-
-
-def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, saved: Tensor) -> Tensor:
-    y = saved.__dict__.pop(_WAITING, None)
-    if y is not None:
-        return y
-    return ops._backend(x.device).again(x, weight, bias, saved)[0]
+def register() -> None:
+    for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode"):  # the two passes
+        if hasattr(torch.utils.checkpoint, name):  # else compiled backwards refuse to compute forward again
+            ops.dispatch("forward", getattr(torch.utils.checkpoint, name), _in_halves)
