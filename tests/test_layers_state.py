@@ -50,7 +50,7 @@ CASTS: list[tuple[Callable[[nn.Module], nn.Module], torch.dtype]] = [
 
 @pytest.mark.parametrize(("cast", "dtype"), CASTS)
 def test_casts_leave_what_a_forward_takes(
-    cast: Callable[[nn.Module], nn.Module], dtype: torch.dtype, swapping: bool, backend: str
+    cast: Callable[[nn.Module], nn.Module], dtype: torch.dtype, swapping: bool, eager: None
 ) -> None:
     model = nn.Sequential(BatchRenorm1d(3), BatchRenorm1d(3, affine=False), BatchRenorm1d(3, bias=False))
     model[0].num_batches_tracked.fill_(2**53 + 1)  # float64 has no such number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +17,13 @@ LIMITS = [{"r_max": 3.0, "d_max": 5.0}, {"r_max": 1.0, "d_max": 0.0}]
 SHAPES = [(8, 3), (4, 3, 5, 5), (4, 3, 150, 150)]
 VECTORS = ("running_mean", "running_var", "weight", "bias")
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = pytest.mark.usefixtures("backend", "_on_device")
+
+
+@pytest.fixture
+def _on_device(device: torch.device) -> Iterator[None]:
+    with device:
+        yield
 
 
 def arguments(shape: tuple[int, ...] = (8, 3), **changes: Any) -> dict[str, Any]:
