@@ -123,6 +123,25 @@ def test_shared_statistics_cannot_have_members(batched: str, backend: str) -> No
     assert vmap(function)(*arguments).isfinite().all()
 
 
+@pytest.mark.parametrize("frozen", ["momentum", "track_running_stats"])
+def test_shared_statistics_that_stay_as_they_are(frozen: str, backend: str) -> None:
+    """Each sample of a batch by itself, in training: nothing is to be written but the counter."""
+    (layer,), (other,) = members(1), members(1)
+    for m in (layer, other):
+        setattr(m, frozen, 0)
+    xs = torch.randn(4, 5, 3, dtype=DOUBLE)
+    before = copy.deepcopy(layer.state_dict())
+    y, counted = vmap(layer)(xs), frozen == "momentum"
+    each = []
+    for x in xs:  # the counter, which the limits follow, stands for all of them where the first one stood
+        other.load_state_dict(before)
+        each.append(other(x))
+    assert_same(y, torch.stack(each))
+    assert torch.equal(layer.running_mean, before["running_mean"])
+    assert torch.equal(layer.running_var, before["running_var"])
+    assert layer.num_batches_tracked == before["num_batches_tracked"] + counted
+
+
 def test_members_that_share_x_and_statistics(backend: str) -> None:
     """Weights alone are batched: one batch was seen."""
     (layer,), (other,) = members(1), members(1)

@@ -76,22 +76,27 @@ def limit_at(limit: list[float], step: Tensor | None, dtype: torch.dtype) -> Any
 
 
 def _update(running_mean, running_var, step, batch, count, momentum, eps, average_std):  # type: ignore[no-untyped-def]
-    mean, rest, var, std = batch
     mu, old_var = running_mean.detach(), running_var.detach()
-    alpha = momentum if momentum >= 0 else 1 / (step.to(mean.dtype) + 1)
+    new: tuple[Any, Any] = (None, None)  # momentum 0: the statistics stay as they are, and may be shared
+    if momentum != 0:
+        alpha = momentum if momentum > 0 else 1 / (step.to(mu.dtype) + 1)
+        new = _averaged(mu, old_var, batch, count, alpha, eps, average_std)
+    if torch.compiler.is_compiling() or _functionalized():  # they follow operations, no Function
+        _Write.forward(running_mean, running_var, step, *new)
+    else:
+        _Write.apply(mu, old_var, step, *new)
+
+
+def _averaged(mu, old_var, batch, count, alpha, eps, average_std):  # type: ignore[no-untyped-def]
+    """The next running mean and variance: the last ones in a channel whose batch holds a NaN or inf."""
+    mean, rest, var, std = batch
     new_mean = mu + alpha * (mean - mu + rest)
-    if momentum == 0:  # old_var itself, which no square of a root is
-        new_var = old_var + 0 * var
-    elif average_std:
+    if average_std:
         new_var = torch.lerp((old_var + eps).sqrt(), std, alpha).square() - eps
     else:
         new_var = torch.lerp(old_var, var * (count / (count - 1)), alpha)
-    finite = new_var < torch.inf  # not in a channel whose batch holds a NaN or inf
-    new_mean, new_var = torch.where(finite, new_mean, mu), torch.where(finite, new_var.clamp(min=0), old_var)
-    if torch.compiler.is_compiling() or _functionalized():  # they follow operations, no Function
-        _Write.forward(running_mean, running_var, step, new_mean, new_var)
-    else:
-        _Write.apply(mu, old_var, step, new_mean, new_var)
+    finite = new_var < torch.inf
+    return torch.where(finite, new_mean, mu), torch.where(finite, new_var.clamp(min=0), old_var)
 
 
 class _Write(torch.autograd.Function):
@@ -103,8 +108,9 @@ class _Write(torch.autograd.Function):
 
     @staticmethod
     def forward(running_mean, running_var, step, new_mean, new_var):  # type: ignore[no-untyped-def]
-        running_mean.copy_(new_mean)
-        running_var.copy_(new_var)
+        if new_mean is not None:
+            running_mean.copy_(new_mean)
+            running_var.copy_(new_var)
         if step is not None:
             step.add_(1)
 
