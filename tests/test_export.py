@@ -211,6 +211,32 @@ def test_onnx(dynamo: bool, dynamic: bool, training: bool, eager: None, tmp_path
         torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+NETWORKS: dict[str, tuple[Callable[..., list[nn.Module]], tuple[int, ...]]] = {
+    "linear": (lambda norm: [nn.Linear(3, 4), norm[0](4), nn.ReLU()], (2, 3)),
+    "conv3d": (lambda norm: [nn.Conv3d(3, 4, 2), norm[2](4, bias=False)], (2, 3, 3, 3, 3)),
+    "norm first": (lambda norm: [norm[1](3, affine=False), nn.Conv2d(3, 4, 2)], (2, 3, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+@pytest.mark.parametrize("what", NETWORKS)
+def test_onnx_nodes_are_batchnorms(what: str, dynamo: bool, eager: None, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    if dynamo:
+        pytest.importorskip("onnxscript")
+    make, shape = NETWORKS[what]
+    nodes = []
+    for norm in (
+        (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d),
+        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    ):
+        path = str(tmp_path / "model.onnx")
+        with contextlib.redirect_stdout(io.StringIO()):
+            torch.onnx.export(nn.Sequential(*make(norm)).eval(), (torch.randn(shape),), path, dynamo=dynamo)
+        nodes.append([node.op_type for node in onnx.load(path).graph.node])
+    assert nodes[0] == nodes[1]
+
+
 def test_scripted_training_is_refused(eager: None, device) -> None:
     model = network().to(device)
     scripted = torch.jit.script(copy.deepcopy(model).train())
