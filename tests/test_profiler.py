@@ -18,6 +18,9 @@ def test_rows_say_batch_renorm(training: bool, backend: str, device) -> None:
     rows = {row.key for row in seen.key_averages() if "BatchRenorm" in row.key}
     assert any(row.endswith("Backward") for row in rows), rows
     assert any(not row.endswith("Backward") for row in rows), rows
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as seen:
+        layer(x)
+    assert any("BatchRenorm" in row.key for row in seen.key_averages())
 
 
 def test_kernels_are_named() -> None:

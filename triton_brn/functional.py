@@ -107,7 +107,9 @@ def batch_renorm(
     tensors = (input, weight, bias, running_mean, running_var, num_batches_tracked)
     if (not traced or not is_dynamo_compiling()) and checkpointing.acts() and input.numel():
         return _repeated(tensors, settings, traced)
-    if needs_grad(input, weight, bias) and not traced:  # the operator is differentiable, too
+    if traced:
+        return ops.OPS.forward(*tensors, *settings)[0]  # differentiable, see exported.py
+    if needs_grad(input, weight, bias):
         if not input.is_cpu or not input.numel() or uses_triton(input.device):
             return _training(*tensors, settings)
         return _plain_training(*tensors, settings)
