@@ -65,7 +65,7 @@ def test_tangents_of_every_layout(
 
 
 def test_nothing_is_dual(backend: str) -> None:
-    """A level of forward AD alone changes nothing."""
+    """A level of forward AD alone, maybe another thread's, changes nothing, nor how checkpoints recompute."""
     results = []
     for level in (forward_ad.dual_level, contextlib.nullcontext):
         (layer,) = members(1)
@@ -73,7 +73,9 @@ def test_nothing_is_dual(backend: str) -> None:
         with level():
             y = layer(x)
             assert forward_ad.unpack_dual(y).tangent is None
-        results.append((y, torch.autograd.grad(y.pow(3).sum(), x), *layer.buffers()))
+            z = checkpoint(layer, x, use_reentrant=False)
+            dx = torch.autograd.grad((y + z).pow(3).sum(), x)
+        results.append((y, z, dx, *layer.buffers()))
     assert_same(*results)
 
 

@@ -87,7 +87,9 @@ def batch_renorm(
             num_batches_tracked=num_batches_tracked,
             running_average=running_average,
         )
-    transformed = _are_functorch_transforms_active() or forward_ad._current_level >= 0
+    transformed = _are_functorch_transforms_active() or (
+        forward_ad._current_level >= 0 and is_dual(input, running_mean, running_var, weight, bias)
+    )
     if traced and not transformed and not (training and traces.train()):
         return traces.inference(input, running_mean, running_var, weight, bias, eps)
     settings = settings_of(momentum, eps, r_max, d_max, running_average)
@@ -156,6 +158,11 @@ def _composed(x, weight, bias, running_mean, running_var, step, settings, traini
             where = "torch.func" if transforms else "forward-mode AD"
             checkpointing.refuse_recomputation(running_mean, where)
     return composed.forward(x, weight, bias, running_mean, running_var, step, *settings)
+
+
+def is_dual(*tensors: Tensor | None) -> bool:
+    """Whether any has a tangent: a level of forward AD is active in all threads, or in none."""
+    return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def refuse_linearize() -> None:
@@ -287,7 +294,8 @@ def _gradients(backward: Callable[..., Any], training: bool, ctx: Any, dy, x, we
     """The gradients of x, weight and bias that are asked for, by ``backward`` or in operations that compose:
     under create_graph, of dual numbers, of many dy at a time."""
     needs = ctx.needs_input_grad[:3]
-    composes = is_grad_enabled() or _are_functorch_transforms_active() or forward_ad._current_level >= 0
+    composes = is_grad_enabled() or _are_functorch_transforms_active()
+    composes = composes or (forward_ad._current_level >= 0 and is_dual(dy, x, weight))
     if composes and not torch.compiler.is_compiling():
         grads = composed.backward(dy, x, weight, saved, training, ctx.eps)
     else:
