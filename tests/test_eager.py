@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from reference import (
     assert_accurate,
     batch_renorm_reference,
+    inference_reference,
     inputs,
     lay_out,
     reference_gradients,
@@ -173,3 +176,104 @@ def test_no_eps(affine: bool) -> None:
         x = torch.stack((torch.full((8,), 2.0), torch.randn(8)), 1)
         assert layer(x)[:, 0].isnan().all()
         assert layer.running_var[0] == pytest.approx(0.99**2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("far", [0.0, 1e4])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((3000, 40), "contiguous"),
+        ((20_000, 40), "contiguous"),
+        ((2, 9, 80, 80), "contiguous"),
+        ((4, 64, 48, 48), "channels_last"),
+    ],
+    ids=str,
+)
+def test_a_bad_channel_beside_good_ones(shape: tuple[int, ...], layout: str, far: float, bad: float) -> None:
+    """Wherever channels lie side by side in what is summed or merged."""
+    x = lay_out(torch.randn(shape) + far, layout)
+    x[(1, 1) + (2,) * (len(shape) - 2)] = bad
+    mean, var = torch.randn(shape[1]) + far, torch.rand(shape[1]) + 0.5
+    before = mean.clone(), var.clone()
+    truth = batch_renorm_reference(x, mean, var)
+    x.requires_grad_()
+    y = batch_renorm(x, mean, var, training=True)
+    (dx,) = torch.autograd.grad(y, x, dy := torch.randn(shape))
+    good = torch.arange(shape[1]) != 1
+    assert y[:, 1].isnan().all()
+    assert dx[:, 1].isnan().all()
+    assert (mean[1], var[1]) == (before[0][1], before[1][1])
+    assert_accurate(y[:, good], truth.y[:, good])
+    assert_accurate(var[good], truth.running_var[good])
+    kept = (v[good] for v in before)
+    assert_accurate(dx[:, good], reference_gradients(dy[:, good], x[:, good], *kept)[0])
+
+
+def odd_inputs() -> dict[str, torch.Tensor]:
+    draw = torch.randn
+    return {
+        "six axes": draw(2, 3, 8, 9, 16, 17),
+        "seven axes, large maps": draw(1, 2, 3, 5, 13, 17, 19),
+        "expanded over N": draw(1, 5, 40, 40).expand(4, 5, 40, 40),
+        "expanded over C": draw(600, 1).expand(600, 7),
+        "expanded over maps": draw(6, 5, 1, 1).expand(6, 5, 9, 9),
+        "(N, L, C)": draw(8, 4000, 16).transpose(1, 2),
+        "some channels": draw(64, 20, 9, 9)[:, 3:9],
+        "a window": draw(4, 5, 99, 99)[:, :, 3:80, 5:],
+        "a map of one element": draw(600, 9, 1, 1),
+        "one channel in channels_last": lay_out(draw(20, 1, 70, 70), "channels_last"),
+        "one line in channels_last": lay_out(draw(4, 70, 1, 3000), "channels_last"),
+        "an outlier first": torch.cat((torch.full((1, 3), 1e6), draw(99_999, 3))),
+        "constant but for the first": torch.cat((torch.full((1, 3), 5.0001), torch.full((99_999, 3), 5.0))),
+        "two values": (draw(200_000, 4) > 0) * 1.0 + 1000,
+        "rising": torch.arange(600_000.0).view(-1, 3),
+        "behind a ReLU": lay_out(draw(32, 64, 30, 30).relu(), "channels_last"),
+        "seldom not 0": (draw(40_000, 20) > 2.5) * draw(40_000, 20),
+        "few values": torch.randint(0, 4, (40_000, 20)).float(),
+        "tiny": draw(5000, 4) * 1e-18 + 1e-15,
+    }
+
+
+@pytest.mark.parametrize("name", odd_inputs())
+def test_odd_inputs(name: str) -> None:
+    x = odd_inputs()[name]
+    channels, axes = x.shape[1], [0, *range(2, x.ndim)]
+    var = x.var(axes) * (torch.rand(channels) + 0.5)
+    mean = x.mean(axes) + torch.randn(channels) * var.sqrt()
+    before = mean.clone(), var.clone()
+    truth = batch_renorm_reference(x, mean, var)
+    leaf = x.detach().requires_grad_()
+    y = batch_renorm(leaf, mean, var, training=True)
+    assert_accurate(y, truth.y)
+    assert_accurate(mean, truth.running_mean, scale=truth.running_mean.abs() + 1)
+    assert_accurate(var, truth.running_var, scale=truth.running_var + 1e-5)
+    dy = torch.randn(x.shape)
+    (dx,) = torch.autograd.grad(y, leaf, dy)
+    assert_accurate(dx, reference_gradients(dy, x, *before)[0])
+    assert_accurate(batch_renorm(x, *before), inference_reference(x, *before))
+
+
+@pytest.mark.parametrize(
+    "make",
+    {
+        "permuted": lambda: torch.randn(48, 9, 48, 4).permute(3, 1, 2, 0),
+        "expanded over N": lambda: torch.randn(1, 9, 48, 48).expand(4, 9, 48, 48),
+        "expanded over C": lambda: torch.randn(4, 1, 48, 48).expand(4, 9, 48, 48),
+        "expanded over maps": lambda: torch.randn(4, 9, 1, 1).expand(4, 9, 48, 48),
+        "contiguous": lambda: torch.randn(4, 9, 48, 48),
+        "channels_last": lambda: lay_out(torch.randn(4, 9, 48, 48), "channels_last"),
+    }.values(),
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_any_layout(make: Callable[[], torch.Tensor], training: bool) -> None:
+    for layout in ("contiguous", "channels_last"):
+        case, dy = inputs((4, 9, 48, 48), layout=layout), make()
+        before = case.running_mean.clone(), case.running_var.clone()
+        leaves = [t.requires_grad_() for t in (case.x, case.weight, case.bias)]
+        grads = torch.autograd.grad(batch_renorm(*case.args, training=training), leaves, dy)
+        affine = case.weight, case.bias
+        expected = reference_gradients(dy, case.x, *before, *affine, training=training)
+        scales = (None, *sum_scales(dy, case.x, *before, training=training))
+        for grad, value, scale in zip(grads, expected, scales, strict=True):
+            assert_accurate(grad, value, scale=scale)
