@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao import quantization
 
-from triton_brn import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, Ramp, batch_renorm
+from triton_brn import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, Ramp, batch_renorm, revert_to_batchnorm
 
 LAYERS = (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d)
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated", "ignore:Please use quant_min")
@@ -164,7 +164,7 @@ def test_fuse_modules_qat(eager: None, caplog: pytest.LogCaptureFixture) -> None
 
 @pytest.mark.parametrize("training", [True, False])
 def test_quantization_by_fx(training: bool, eager: None) -> None:
-    """The layers are kept, where BatchNorm is folded."""
+    """The layers are kept, where BatchNorm is folded: revert_to_batchnorm comes first, or the norm is not."""
     from torch.ao.quantization import quantize_fx
 
     model, x = Network().train(training), torch.randn(8, 3, 4, 4)
@@ -177,3 +177,19 @@ def test_quantization_by_fx(training: bool, eager: None) -> None:
     prepared(x)
     quantized = quantize_fx.convert_fx(prepared.eval())
     assert (quantized(x) - model.eval()(x)).abs().max() < 0.2
+
+
+def test_reverted_layers_are_folded(eager: None) -> None:
+    """By whoever asks for BatchNorm's very type."""
+    from torch.ao.quantization import quantize_fx
+    from torch.fx.experimental import optimization
+
+    model, x = Network(), torch.randn(5, 3, 4, 4)
+    model.head(model.conv(x))
+    expected = model.eval()(x)
+    reverted = revert_to_batchnorm(copy.deepcopy(model))
+    for fused in (optimization.fuse(reverted), quantize_fx.fuse_fx(reverted)):
+        targets = [str(node.target) for node in fused.graph.nodes]
+        assert "head.0" in targets
+        assert "head.1" not in targets
+        torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-4)

@@ -110,8 +110,11 @@ def test_fakes_have_the_strides_of_what_they_stand_for(layout: str, backend: str
     x = LAYOUTS[layout](torch.randn(4, 6, 4, 5, device=device))
     vector, ramp = torch.ones(x.shape[1], device=device), [3.0, 3.0, 0.0, 1.0]
     _, saved = OPS.inference(x, vector, vector, vector, vector, 1e-5, True)
+    statistics = (vector.clone(), vector.clone(), None, 0.1, 1e-5, ramp, ramp, True)
     calls = [
-        (OPS.forward, (x, None, None, vector.clone(), vector.clone(), None, 0.1, 1e-5, ramp, ramp, True)),
+        (OPS.forward, (x, None, None, *statistics)),
+        (OPS.statistics, (x, vector, None, *statistics)),
+        (OPS.normalise, (x, vector, vector, saved)),
         (OPS.inference, (x, vector, None, vector, vector, 1e-5, True)),
         (OPS.backward, (torch.randn_like(x), x, None, saved, False, [True, False, False])),
     ]
@@ -122,7 +125,10 @@ def test_fakes_have_the_strides_of_what_they_stand_for(layout: str, backend: str
         dense = operator(*(t.contiguous() if isinstance(t, Tensor) else t for t in copy.deepcopy(arguments)))
         real = operator(*arguments)
         torch.testing.assert_close(real, dense)
+        if isinstance(real, Tensor):
+            real = (real,)
         with FakeTensorMode() as mode:
             fake = operator(*(mode.from_tensor(t) if isinstance(t, Tensor) else t for t in arguments))
+            fake = (fake,) if isinstance(fake, Tensor) else fake
         described = [[(t.shape, t.stride(), t.dtype) for t in ts] for ts in (real, fake)]
         assert described[0] == described[1]
