@@ -161,7 +161,7 @@ _COMPILED = (
 )
 _ELSEWHERE = (
     "batch_renorm: a training call is recomputed inside {}, in {}, which takes no numbers of a first pass."
-    " Do one without the other."
+    " Leave out one of the two, or call eval() first."
 )
 
 

@@ -177,7 +177,7 @@ def refuse_linearize() -> None:
 
 
 def needs_grad(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (
+    return is_grad_enabled() and (
         input.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
