@@ -127,6 +127,39 @@ def test_a_graph_saves_what_the_segment_takes_and_a_few_numbers(x: Tensor, eager
     assert [n for n in sizes if n > 5 * 3] == [x.numel()]  # what the segment takes; else (5, C) at most
 
 
+@pytest.mark.parametrize("budget", [0.1, 0.6])
+def test_a_budget_of_memory(budget: float, x: Tensor, eager: None) -> None:
+    """The compiler chooses what to compute again; never what updates statistics."""
+    m = network(device=x.device)
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        program = torch.compile(
+            lambda x: m[2](m[1](m[0](x))), backend="aot_eager_decomp_partition", fullgraph=True
+        )
+        y = program(x.requires_grad_())
+    y.square().sum().backward()
+    found = [y.detach(), x.grad, *(p.grad for p in m.parameters()), *m.buffers()]
+    assert_same(found, everything(whole, network(device=x.device), x.detach(), plain, steps=1), 2e-5)
+
+
+@pytest.mark.parametrize("where", ["around", "inside"])
+def test_graph_breaks(where: str, x: Tensor, eager: None) -> None:
+    m = network(device=x.device)
+
+    def segment(x: Tensor) -> Tensor:
+        x = m[1](m[0](x))
+        torch._dynamo.graph_break()
+        return m[2](x)
+
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    if where == "around":
+        y = compiled(lambda x: WAYS["hooks"](segment, x))(x.requires_grad_())
+    else:
+        y = WAYS["hooks"](compiled(segment), x.requires_grad_())
+    y.square().sum().backward()
+    found = [y.detach(), x.grad, *(p.grad for p in m.parameters()), *m.buffers()]
+    assert_same(found, everything(whole, network(device=x.device), x.detach(), plain, steps=1), 2e-5)
+
+
 POLICIES: dict[str, Any] = {
     "what we save": [OPS.forward],
     "convolutions": [torch.ops.aten.convolution.default],

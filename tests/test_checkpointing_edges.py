@@ -135,6 +135,55 @@ def test_more_calls_in_the_recomputation(x: Tensor, eager: None) -> None:
         y.sum().backward()
 
 
+class Reversible(torch.autograd.Function):
+    """Keeps its outputs alone: the backward runs the layers in reverse order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, f: Callable, g: Callable, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.f, ctx.g = f, g
+        y = x + f(x)
+        z = x + g(y)
+        ctx.save_for_backward(x, y)
+        return y, z
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dz: Tensor) -> Any:
+        x, y = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+        with torch.enable_grad():
+            ctx.g(y).backward(dz)
+            ctx.f(x).backward(dy + y.grad)
+        return dy + y.grad + dz + x.grad, *[None] * 6
+
+
+def test_layers_recomputed_in_reverse_order(m: nn.ModuleList, x: Tensor, eager: None) -> None:
+    x = torch.cat([x, x[:, :1]], 1)  # three channels, as the layers give
+
+    def program(m: nn.ModuleList, x: Tensor, way: Callable) -> Tensor:
+        if way is plain:
+            y = x + m[1](x)
+            return y * (x + m[2](y))
+        y, z = Reversible.apply(x, m[1], m[2], *m[1].parameters())
+        return y * z
+
+    assert_same(everything(program, m, x, WAYS["hooks"]), everything(program, m, x, plain), 1e-5)
+
+
+class Enabled(Checkpoint):
+    """A first pass that enables gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable, x: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(x)
+        with torch.enable_grad():
+            return function(x.detach().requires_grad_()).detach()
+
+
+def test_a_first_pass_with_gradients(m: nn.ModuleList, x: Tensor, eager: None) -> None:
+    found = everything(whole, m, x, lambda function, x: Enabled.apply(function, x))
+    assert_same(found, everything(whole, m, x, plain))
+
+
 class ContextLater(Checkpoint):
     """A checkpoint whose forward has no ctx."""
 

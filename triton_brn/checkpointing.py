@@ -26,7 +26,7 @@ from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 from torch._C import _current_graph_task_id, _is_fwd_grad_enabled
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.autograd.function import BackwardCFunction, Function
@@ -170,7 +170,7 @@ def acts() -> bool:
     return (
         saved_tensor_hooks.top(True) is not None
         or _current_graph_task_id() >= 0
-        or not (is_grad_enabled() or _is_fwd_grad_enabled())  # in a Function's forward, both are off
+        or not _is_fwd_grad_enabled()  # in a Function's forward
     )
 
 
