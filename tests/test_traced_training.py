@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from triton_brn import BatchRenorm2d, Ramp
 from triton_brn.ops import OPS
@@ -59,6 +60,14 @@ def test_traced_training_is_training(tracer: str, backend: str, device) -> None:
     plain.load_state_dict(traced.state_dict())  # jit.trace runs what it traces
     assert_trains_alike(traced, plain, device)
     assert plain[1].num_batches_tracked >= 5
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_make_fx_sees_the_operator(pre_dispatch: bool, backend: str, device) -> None:
+    module, x = network().to(device), torch.randn(4, 3, 3, 3, device=device)
+    graph = make_fx(module, pre_dispatch=pre_dispatch)(x).graph
+    assert OPS.forward in [node.target for node in graph.nodes]
+    assert module[1].num_batches_tracked == 1
 
 
 def test_saved_graphs_train(eager: None, device, tmp_path: Path) -> None:

@@ -118,6 +118,9 @@ def batch_renorm(
     return ops.forward(*tensors, *settings)[0]
 
 
+batch_renorm.__prepare_scriptable__ = traces.refuse_script  # type: ignore[attr-defined]
+
+
 def settings_of(*numbers: Any) -> Settings:
     """momentum, eps, r_max, d_max and running_average, checked, as the ops take them."""
     if is_dynamo_compiling():

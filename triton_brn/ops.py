@@ -12,12 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _AutoDispatchBelowAutograd, _is_tracing, _len_torch_dispatch_stack
+from torch._C import (
+    _AutoDispatchBelowAutograd,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 from torch._C._autograd import _profiler_enabled
 from torch.autograd.profiler import record_function
 from torch.compiler import is_dynamo_compiling
 
-from . import checkpointing, eager
+from . import checkpointing, eager, traces
 from .backend import uses_triton
 
 NAMESPACE = "triton_brn"
@@ -220,6 +225,7 @@ def is_traced(x: Tensor) -> bool:
         or is_dynamo_compiling()  # other compilers pass tensors of their own
         or bool(_len_torch_dispatch_stack())
         or _is_tracing()
+        or (bool(_len_torch_function_stack()) and traces.before_dispatch())
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +20,21 @@ def of_stand_in(function: Callable[..., Any], tensors: tuple[Any, ...], **option
     if not has_torch_function_unary(tensors[0]):
         raise TypeError(f"input: expected a tensor, got {type(tensors[0]).__name__}")
     return handle_torch_function(function, tensors[:1], *tensors, **options)
+
+
+def before_dispatch() -> bool:
+    """Whether make_fx looks on before torch's dispatcher, with a mode of torch functions. Others have such
+    modes too: torch.set_default_device."""
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return proxies is not None and proxies.get_proxy_mode() is not None
+
+
+def refuse_script() -> NoReturn:
+    """In the place of ``batch_renorm``, where torch.jit.script asks for what it is to compile."""
+    raise RuntimeError(
+        "torch.jit.script: batch_renorm cannot be scripted: use a BatchRenorm layer, which can in eval, "
+        "or torch.jit.trace, torch.export or torch.compile"
+    )
 
 
 def train() -> bool:
