@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -72,3 +74,10 @@ def capturing(x: Tensor) -> bool:
 def current_stream(index: int) -> int:
     """The handle of the device's current stream."""
     return triton.runtime.driver.active.get_current_stream(index)
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it x's."""
+    if x.device.type == "cpu" or torch.accelerator.current_device_index() == x.device.index:
+        return nullcontext()
+    return torch.accelerator.device_index(x.device.index)

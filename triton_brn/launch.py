@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from . import planner
 from .arguments import alignment, dtype_of, laid_out_as, numbers, resolved
-from .devices import INTERPRETED, PER_THREAD, capturing, current_stream, device_of
+from .devices import INTERPRETED, PER_THREAD, capturing, current_stream, device_of, on_device
 from .kernels.backward import batch_renorm_backward_kernel
 from .kernels.forward import batch_renorm_forward_kernel
 from .kernels.inference import batch_renorm_inference_kernel
@@ -147,6 +146,8 @@ class DoesNotFit(ValueError):
 
 #: Numbers per channel that a split hands in, and that are published, see the kernels.
 EXCHANGED = {"forward": (3, 2), "backward": (2, 3)}
+#: How CUDA and HIP refuse a launch of more waiting programs than a green context, or a partition, can hold.
+TOO_MANY = "too many blocks in cooperative launch"
 #: Triton's interpreter exchanges its language's functions while a kernel runs; its compiler is not said to
 #: serve several threads at a time.
 _one_thread = threading.Lock()
@@ -216,8 +217,13 @@ class Call:
                 if run is None:
                     return False
                 runs.append(run)
-            for flags, run in zip(phases, runs, strict=True):
-                run(*arguments, *flags, tile, stream=self.stream)
+            try:
+                for flags, run in zip(phases, runs, strict=True):
+                    run(*arguments, *flags, tile, stream=self.stream)
+            except RuntimeError as error:
+                if self.plan.waits and TOO_MANY in str(error):
+                    return False
+                raise
         return True
 
     def compiled(self, kernel: Any, arguments: tuple[Any, ...], flags: tuple[bool, ...], key: Any) -> Any:
@@ -299,10 +305,3 @@ def keep(key: Any, call: Call) -> None:
 def forget_calls() -> None:
     """Plan all calls anew, each when it comes next."""
     _calls.clear()
-
-
-def on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device: make it x's."""
-    if x.device.type == "cpu" or torch.accelerator.current_device_index() == x.device.index:
-        return nullcontext()
-    return torch.accelerator.device_index(x.device.index)

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from . import candidates, launch, planner
-from .devices import INTERPRETED, device_of
+from .devices import INTERPRETED, device_of, on_device
 from .plans import Choice, Plan
 from .tuning import Size
 from .tuning_table import Entry
@@ -83,7 +83,7 @@ def timed(direction: str, size: Size, choice: Choice | None) -> tuple[float, flo
 def scratch_for(direction: str, size: Size) -> Iterator[Scratch]:
     """Scratch tensors, with their device the current one."""
     # A caller's inference mode would make tensors that no kernel may be told to update.
-    with torch.inference_mode(False), torch.no_grad(), launch.on_device(torch.empty(0, device=size.device)):
+    with torch.inference_mode(False), torch.no_grad(), on_device(torch.empty(0, device=size.device)):
         yield Scratch(direction, size)
 
 
