@@ -110,10 +110,12 @@ def test_traced_is_untraced(
 
 @pytest.mark.parametrize("tracer", ["jit.trace", "export", "make_fx", "compile"])
 def test_the_function_without_weight(tracer: str, eager: None, device) -> None:
+    bias = torch.arange(6.0, device=device)[::2]  # strided, too
+
     class Shifted(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            mean, var, bias = torch.ones(3, device=device), torch.ones(3, device=device), torch.arange(3.0)
-            return batch_renorm(x, mean, var, None, bias.to(device), eps=1e-3)
+            mean, var = torch.ones(3, device=device), torch.ones(3, device=device)
+            return batch_renorm(x, mean, var, None, bias, eps=1e-3)
 
     x = torch.randn(4, 3, 5, device=device)
     torch.testing.assert_close(TRACERS[tracer](Shifted(), x)(x), Shifted()(x))

@@ -51,6 +51,11 @@ def train() -> bool:
 
 def inference(x, running_mean, running_var, weight, bias, eps) -> Tensor:  # type: ignore[no-untyped-def]
     """By torch's own operator, which whoever traces knows: exported, folded into a convolution, fused."""
-    dtype = running_mean.dtype  # torch takes no half-precision weight beside float32 statistics
-    weight, bias = in_dtype(weight, dtype), in_dtype(bias, dtype)
+    weight, bias = _vector(weight, running_mean), _vector(bias, running_mean)
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+
+
+def _vector(v: Tensor | None, running_mean: Tensor) -> Tensor | None:
+    """As torch takes it beside running statistics: of their dtype, and contiguous for cuDNN."""
+    v = in_dtype(v, running_mean.dtype)
+    return v if v is None or v.is_contiguous() else v.contiguous()
