@@ -199,17 +199,25 @@ def place(layer: int) -> Place:
     the recomputation that it is part of; the stack of saved-tensor hooks says it of ``use_reentrant=False``.
     """
     later: list[Segment] = []
+    recomputed, run = checkpoints(later)
+    task = _current_graph_task_id()
+    if task < 0 and recomputed is None and _is_fwd_grad_enabled():  # in no Function: no frames to look at
+        return Place(layer, None, None, "", later)
     frame: FrameType | None = sys._getframe(1)
     inner: FrameType | None = None
+    in_forward = task < 0 and saved_tensor_hooks.top(True) is None
     while frame is not None:
         code = frame.f_code
         if id(code) in _MARKS or code.co_name == "unpack_hook":
             if code is not _FORWARD:
                 break
-            later += first_pass_of(inner)
+            ctx = context_of(inner)
+            if is_compiled(ctx):
+                if in_forward:  # with gradients, so in nobody's first pass: 60 frames less to look at
+                    return Place(layer, None, None, "", later)
+            elif ctx is not None:
+                later.append(segment_of(ctx))
         inner, frame = frame, frame.f_back
-    recomputed, run = checkpoints(later)
-    task = _current_graph_task_id()
     if frame is None or frame.f_code is _ENGINE:
         if task >= 0 and any(layer in segment.calls for segment in _segments):
             raise RuntimeError(_IN_HOOK)
@@ -235,20 +243,17 @@ def refuse_recomputation(running_mean: Tensor, where: str) -> None:
         raise RuntimeError(_ELSEWHERE.format(here.what, where))
 
 
-def first_pass_of(forward: FrameType | None) -> list[Segment]:
-    """The segment that a running Function.forward stands for, if it has a ctx that may be asked for it."""
+def context_of(forward: FrameType | None) -> Any:
+    """The ctx of a Function.forward that runs, or None: it has none, or is one of ours."""
     if forward is None:
-        return []
-    code = forward.f_code
-    names = code.co_varnames
-    arguments = forward.f_locals
-    ctx = arguments.get(names[0]) if code.co_argcount else None
+        return None
+    code, arguments = forward.f_code, forward.f_locals
+    ctx = arguments.get(code.co_varnames[0]) if code.co_argcount else None
     if not code.co_argcount and code.co_flags & inspect.CO_VARARGS:
-        ctx = next(iter(arguments.get(names[code.co_kwonlyargcount], ())), None)
-    if not isinstance(ctx, BackwardCFunction) or is_compiled(ctx):
-        return []
-    ours = function_of(ctx).__module__.startswith(__package__)
-    return [] if ours else [segment_of(ctx)]
+        ctx = next(iter(arguments.get(code.co_varnames[code.co_kwonlyargcount], ())), None)
+    if not isinstance(ctx, BackwardCFunction):
+        return None
+    return None if function_of(ctx).__module__.startswith(__package__) else ctx
 
 
 def function_of(ctx: Any) -> Any:
@@ -257,7 +262,7 @@ def function_of(ctx: Any) -> Any:
 
 def is_compiled(ctx: Any) -> bool:
     """Whether a Function is what torch.compile made of a graph: its passes are the compiler's."""
-    return hasattr(function_of(ctx), "_aot_id")
+    return ctx is not None and hasattr(function_of(ctx), "_aot_id")
 
 
 def checkpoints(later: list[Segment]) -> tuple[Any, Any]:
