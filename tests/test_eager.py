@@ -78,6 +78,7 @@ LONG = [
     ((2, 3, 4097), "contiguous"),
     ((2, 3, 10_007), "contiguous"),
     ((1, 2, 149, 149), "contiguous"),
+    ((2, 2, 181, 182), "contiguous"),
     ((2, 2, 24, 26, 28), "contiguous"),
 ]
 GRADIENTS = {

@@ -22,12 +22,13 @@ RUN = 128
 #: From so many elements on memory is what takes time, and fewer, longer parts, of ``LONG`` elements, are
 #: quicker. Random numbers lose 1e-6 there, equal ones 3e-5: where many are equal the runs are short.
 LARGE, LONG = 2**19, 2**19
-#: Rows up to which torch's own backward may be exact enough: see ``sums_stay_small``.
-MOST_ROWS = 2**17
+#: Rows up to which torch's own backward is exact enough if none are equal, and may be: ``sums_stay_small``.
+FEW_ROWS, MOST_ROWS = 2**11, 2**17
 #: Elements of a view's row, where C is less. Four vectors of so many fit in the first cache; long runs are
 #: quickest by the second.
 WIDTH, NARROW = 1024, 128
-#: Elements of a map in the backward, which torch's kernel sums in 8 or 16 lanes.
+#: Elements of a map that torch's kernel takes at once in the backward, in 8 or 16 lanes; of one without equal
+#: neighbours eight times as many.
 LONGEST = 4096
 #: Channels from which addcmul, whose inner loop they are, takes rows as they come.
 CHANNELS = 32
@@ -79,8 +80,10 @@ def moments_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
         means.append(mean.view(-1, c))
         variances.append(var.view(-1, c))
         shares += [len(part) / count] * len(means[-1])
-    share = torch.tensor(shares, dtype=torch.float64).unsqueeze_(0)
-    groups = torch.cat(means).double()
+    groups = torch.cat(means)
+    if len(groups) > 64:
+        groups = groups.double()
+    share = torch.tensor(shares, dtype=groups.dtype).unsqueeze_(0)
     exact = share @ groups
     var = share @ groups.sub_(exact).square_().add_(torch.cat(variances))
     return exact[0].to(rows.dtype), var[0].to(rows.dtype)
@@ -105,7 +108,7 @@ def sums(dy: Tensor, dense: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor,
 
 def has_short_runs(rows: Tensor, zeros: bool) -> bool:
     """Whether running sums of (M, C) are to be short: there are few, or many of the numbers are equal."""
-    return rows.numel() < LARGE or has_equals(sample(rows), zeros)
+    return rows.numel() < LARGE or has_equals(sample(rows, 17), zeros)
 
 
 def long_run(channels: int, width: int) -> tuple[int, int]:
@@ -113,18 +116,18 @@ def long_run(channels: int, width: int) -> tuple[int, int]:
 
 
 def has_equals(some: Tensor, zeros: bool) -> bool:
-    """Whether one in twenty neighbours in a channel of ``sample`` are equal: all are rounded the same way.
+    """Whether one in twenty neighbours in a channel of (B, M, C) is equal: all are rounded the same way.
     ``zeros``: also those that are 0, which a plain sum does not feel."""
-    some = some.view(8, -1, some.shape[1])[:, :17]
     equal = some[:, 1:] == some[:, :-1]
     if not zeros:
         equal.logical_and_(some[:, 1:])
-    return bool((equal.flatten(0, 1).sum(0) > 0.4 * equal.shape[1]).any())
+    return bool((equal.flatten(0, 1).sum(0) > 0.05 * equal.shape[0] * equal.shape[1]).any())
 
 
-def sample(rows: Tensor) -> Tensor:
-    """Eight times 64 rows of (M, C), or what there is."""
-    return rows[: len(rows) // 8 * 8].view(8, -1, rows.shape[1])[:, :64].flatten(0, 1)
+def sample(rows: Tensor, length: int) -> Tensor:
+    """Eight times ``length`` rows of (M, C), or what there is, of at most 127 channels."""
+    some = rows[: len(rows) // 8 * 8].view(8, -1, rows.shape[1])
+    return some[:, :length, :: max(rows.shape[1] // 64, 1)]
 
 
 def sums_of_planes(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,19 +151,25 @@ def needs_parts(dy: Tensor, dense: Tensor, mean: Tensor) -> bool:
         return False
     rows = rows_of(dense)
     if rows is None:
-        return dense[0, 0].numel() > LONGEST
-    if len(rows) <= AT_ONCE or not LARGE <= rows.numel() <= MOST_ROWS * rows.shape[1]:
-        return len(rows) > AT_ONCE
+        planes = dy.view(dense.shape[0] * dense.shape[1], -1).t()
+        if not LONGEST < len(planes) <= 8 * LONGEST:
+            return len(planes) > LONGEST
+        return has_equals(planes[None, :64], zeros=False)
+    if not AT_ONCE < len(rows) <= MOST_ROWS:
+        return len(rows) > MOST_ROWS
+    if len(rows) <= FEW_ROWS:
+        return has_equals(sample(side_by_side(dy), 17), zeros=False)
     return not sums_stay_small(side_by_side(dy), rows, mean)
 
 
 def sums_stay_small(dy: Tensor, rows: Tensor, mean: Tensor) -> bool:
     """Whether a sample shows terms of both signs, none often repeated: torch's running sums then lose 4e-6
     at most, in a fifth less time."""
-    some = sample(dy)
-    terms = torch.cat((some, (sample(rows) - mean).mul_(some)), 1)
+    some = sample(dy, 64)
+    mean = mean[:: max(len(mean) // 64, 1)]
+    terms = torch.cat((some, (sample(rows, 64) - mean).mul_(some)), 2).flatten(0, 1)
     small = terms.sum(0).abs_() < terms.abs_().sum(0).mul_(0.3)
-    return bool(small.all()) and not has_equals(some, zeros=False)
+    return bool(small.all()) and not has_equals(some[:, :17], zeros=False)
 
 
 def affine(rows: Tensor, base: Tensor, slope: Tensor) -> Tensor:
