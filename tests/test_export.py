@@ -22,7 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton_brn import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, batch_renorm
 
 RANKS = {2: BatchRenorm1d, 3: BatchRenorm1d, 4: BatchRenorm2d, 5: BatchRenorm3d}
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated", "ignore:You are using the legacy")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is deprecated", "ignore:You are using the legacy", "ignore:The feature will be removed"
+)
 
 
 def trained(norm: nn.Module) -> nn.Module:
