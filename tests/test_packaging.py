@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,14 @@ def test_metadata() -> None:
 
 def test_types_are_shipped() -> None:
     assert (ROOT / "triton_brn" / "py.typed").is_file()
+
+
+def test_what_extras_ask_for_is_pinned() -> None:
+    """`make` installs the same versions everywhere. triton is left to torch, see constraints.txt."""
+    tomllib = pytest.importorskip("tomllib", reason="tomllib is of Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(r for rs in project["optional-dependencies"].values() for r in rs)]
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in asked} - {"triton", "triton-windows"}
+    pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert names <= pinned, f"not in constraints.txt: {sorted(names - pinned)}"
+    assert {"demo", "examples", "test", "zoo"} <= project["optional-dependencies"].keys()
