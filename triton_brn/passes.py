@@ -159,7 +159,7 @@ def needs_parts(dy: Tensor, dense: Tensor, mean: Tensor) -> bool:
         return len(rows) > MOST_ROWS
     if len(rows) <= FEW_ROWS:
         return has_equals(sample(side_by_side(dy), 17), zeros=False)
-    return not sums_stay_small(side_by_side(dy), rows, mean)
+    return rows.numel() < LARGE or not sums_stay_small(side_by_side(dy), rows, mean)
 
 
 def sums_stay_small(dy: Tensor, rows: Tensor, mean: Tensor) -> bool:
