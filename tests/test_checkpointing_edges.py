@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from triton_brn import BatchRenorm2d, checkpointing
+from triton_brn import BatchRenorm1d, BatchRenorm2d, checkpointing
 
 
 @pytest.fixture
@@ -239,3 +239,28 @@ def test_threads_have_segments_of_their_own(m: nn.ModuleList, x: Tensor, eager: 
     dx = expected[2] / 2  # of two steps
     for found_ in found.values():
         torch.testing.assert_close(found_, dx)
+
+
+def test_first_passes_that_leave_the_statistics(backend: str, device) -> None:
+    """fairscale sets track_running_stats to False there, of every BatchNorm: the second pass learns, once."""
+    x = torch.randn(4, 2, 3, device=device) * 2 + 1
+    for options in ({"momentum": 0.3}, {"momentum": None}, {"momentum": 0.3, "running_average": "var"}):
+        layer = BatchRenorm1d(2, r_max=3.0, d_max=5.0, **options).to(device)
+        other = copy.deepcopy(layer)
+
+        def segment(x: Tensor, layer: BatchRenorm1d = layer) -> Tensor:
+            layer.track_running_stats = torch.is_grad_enabled()
+            return layer(x)
+
+        results = []
+        for function, way in ((other, plain), (segment, WAYS["reentrant"])):
+            leaf = x.clone().requires_grad_()
+            y = way(function, leaf)
+            for _ in range(2):
+                y.square().sum().backward(retain_graph=True)
+            results.append([y.detach(), leaf.grad])
+        if options["momentum"] is not None:  # whose first batch is not corrected, where it is counted
+            assert_same(results[1], results[0])
+        assert layer.num_batches_tracked.item() == 1
+        for found, expected in zip(layer.buffers(), other.buffers(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -22,6 +22,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -51,12 +52,14 @@ _RUNS = 64
 _segments: weakref.WeakSet[Segment] = weakref.WeakSet()
 
 
-class Kept(NamedTuple):
+@dataclass
+class Kept:
     """What a training call leaves for its recomputation."""
 
     shape: torch.Size
     dtype: torch.dtype
     numbers: Any  # what the backend saved
+    learned: bool  # whether the running statistics have been updated by it
 
 
 class Segment:
@@ -127,9 +130,9 @@ class Place(NamedTuple):
             segment.add(self.layer, kept)
         return kept
 
-    def keep(self, x: Tensor, numbers: Any) -> None:
+    def keep(self, x: Tensor, numbers: Any, momentum: float) -> None:
         """Leave the numbers of a first pass."""
-        kept = Kept(x.shape, x.dtype, numbers)
+        kept = Kept(x.shape, x.dtype, numbers, momentum != 0)
         for segment in self.later:
             segment.add(self.layer, kept)
 

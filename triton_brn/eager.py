@@ -111,6 +111,23 @@ def normalise(x, weight, bias, stacked):  # type: ignore[no-untyped-def]
     return again(x, saved._replace(line=(scale * saved.rstd, shift, at, one, one, 0.0)))
 
 
+def learn(numbers, tensors, settings):  # type: ignore[no-untyped-def]
+    """Update the running statistics by a forward that saved these numbers and left them as they were."""
+    x, _, _, running_mean, running_var, step = tensors
+    momentum, eps, _, _, average_std = settings
+    mean, rest, rstd, *_ = numbers
+    std, count = rstd.reciprocal(), x.numel() // x.shape[1]
+    with _Statistics.lock:
+        alpha = momentum if momentum > 0 else 1 / (step + 1)
+        if average_std:
+            new_var = averaged((running_var + eps).sqrt_(), std, alpha, eps)
+        else:
+            new_var = running_var.lerp((std * std - eps) * (count / (count - 1)), alpha)
+        update(running_mean, running_var, mean if rest is None else mean + rest, new_var, alpha)
+        if step is not None:
+            step.add_(1)
+
+
 def corrected(scale, shift, r, d):  # type: ignore[no-untyped-def]
     """gamma r and beta + gamma d."""
     if scale is None:

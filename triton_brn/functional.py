@@ -242,6 +242,9 @@ def _repeated(tensors: Any, settings: Any, traced: bool) -> Tensor:
     x, weight, bias, running_mean, *_ = tensors
     where = checkpointing.place(checkpointing.layer_of(running_mean))
     kept = where.again(x)
+    if kept is not None and not kept.learned and settings[0] != 0:
+        kept.learned = True  # fairscale's checkpointing has it so: learning in the second pass alone
+        eager.learn(kept.numbers, tensors, settings)
     function: Any = RepeatedPlainBatchRenorm
     if traced or not x.is_cpu or uses_triton(x.device):
         function = RepeatedBatchRenorm
@@ -250,7 +253,7 @@ def _repeated(tensors: Any, settings: Any, traced: bool) -> Tensor:
     elif kept is None:
         with _AutoDispatchBelowAutograd():
             made = eager.forward(*tensors, *settings)
-        where.keep(x, made[1])
+        where.keep(x, made[1], settings[0])
     else:
         with _AutoDispatchBelowAutograd():
             made = eager.again(x, kept.numbers), kept.numbers

@@ -133,7 +133,7 @@ def _repeated_forward(*args: Any) -> Any:
         if kept is not None:
             return backend.again(x, weight, bias, kept.numbers)
         y, saved, numbers = backend.kept_forward(*args)
-        where.keep(x, numbers)
+        where.keep(x, numbers, args[6])
         return y, saved
 
 
