@@ -38,6 +38,8 @@ def forward(  # type: ignore[no-untyped-def]
     if aligned is None:
         return forward_resolved(given, (*rest, call))
     x, call = prepared("forward", x, running_mean.dtype, call)
+    if x is not given[0]:  # a copy, which begins elsewhere
+        return forward(x, *given[1:], *rest, call)
     y = torch.empty_like(x)
     saved = running_mean.new_empty((5, call.view.channels))
     running = (running_mean, running_var, step)
@@ -80,6 +82,8 @@ def again(x, weight, bias, saved, call=None):  # type: ignore[no-untyped-def]
         x, weight, bias, saved = map(resolved, given)
         return again(x, weight, bias, saved, call)
     x, call = prepared("inference", x, saved.dtype, call)
+    if x is not given[0]:
+        return again(x, weight, bias, saved, call)
     y = torch.empty_like(x)
     arguments = (x, y, (weight, bias), (None, None), saved, *call.view, numbers(0.0))
     call.launch(batch_renorm_inference_kernel, arguments, [(False,)], (aligned, dtype_of(weight, bias)))
@@ -107,6 +111,8 @@ def inference(x, weight, bias, running_mean, running_var, eps, save, call=None):
         x, weight, bias, running_mean, running_var = map(resolved, given)
         return inference(x, weight, bias, running_mean, running_var, eps, save, call)
     x, call = prepared("inference", x, running_mean.dtype, call)
+    if x is not given[0]:
+        return inference(x, weight, bias, running_mean, running_var, eps, save, call)
     y = torch.empty_like(x)
     saved = running_mean.new_empty((5, call.view.channels) if save else 0)
     arguments = (x, y, (weight, bias), given[3:], saved, *call.view, numbers(eps))
@@ -123,6 +129,8 @@ def backward(dy, x, weight, saved, training, needs, call=None):  # type: ignore[
         return backward(dy, x, weight, saved, training, needs, call)
     x, call = prepared("backward" if training else "inference", x, saved.dtype, call)
     dy = laid_out_as(x, dy)
+    if dy is not given[0] or x is not given[1]:
+        return backward(dy, x, weight, saved, training, needs, call)
     like = saved if weight is None else weight
     channels = call.view.channels
     dx = torch.empty_like(x) if needs[0] else None
