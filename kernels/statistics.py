@@ -95,7 +95,8 @@ def merge(n_a, mean_a, rest_a, m2_a, n_b, mean_b, rest_b, m2_b):
     mean_a = tl.where(n_a > 0.0, mean_a, mean_b)  # from 0 to mean_b, delta would lose rest_b
     delta = (mean_b - mean_a) + (rest_b - rest_a)
     mean, rest = two_sum(mean_a, rest_a + delta * share)
-    return n, mean, rest, m2_a + m2_b + delta * delta * (n_a * share)
+    # In this order: far from zero, delta * delta is inf, and NaN where one of the sets is empty.
+    return n, mean, rest, m2_a + m2_b + delta * (n_a * share) * delta
 
 
 @triton.jit

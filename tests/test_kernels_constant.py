@@ -31,6 +31,14 @@ def test_constant_channels(strategy: str, layout: str, dtype: torch.dtype, devic
     assert served or strategy not in EVERYWHERE
 
 
+@pytest.mark.parametrize("strategy", EVERYWHERE)
+def test_a_value_whose_square_overflows(strategy: str, device) -> None:
+    """Some splits of such maps have no edges: an empty set that is merged adds nothing, nor NaN."""
+    values = torch.full((3,), 1e20, device=device)
+    x = values.view(1, 3, 1, 1).expand(2, 3, 37, 37).contiguous()
+    assert_constant(x, values, strategy)
+
+
 def serves(strategy: str, x: torch.Tensor) -> bool:
     view = views.view_of(x.shape, x.stride())
     try:
