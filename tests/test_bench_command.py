@@ -197,7 +197,7 @@ def test_models_are_resnets(name, parameters, norms):
         assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == norms
         assert model(torch.empty(2, 3, 64, 64)).shape == (2, 1000)
         plain = _bench_models.with_plain(model)
-    assert sum(isinstance(m, _bench_peers.PlainBatchRenorm) for m in plain.modules()) == norms
+    assert sum(isinstance(m, _bench_peers.EagerBatchRenorm) for m in plain.modules()) == norms
 
 
 def test_the_plans_of_a_model_are_those_of_its_layers(monkeypatch):

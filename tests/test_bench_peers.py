@@ -24,7 +24,7 @@ SMALL = Case((4, 6, 5, 5))
 
 @pytest.mark.parametrize("shape", [(8, 5), (4, 5, 3, 3)])
 def test_plain_version_is_algorithm_1(shape):
-    layer = _bench_peers.PlainBatchRenorm(5)
+    layer = _bench_peers.EagerBatchRenorm(5)
     x = torch.randn(shape) * 3 + 1
     expected = batch_renorm_reference(x, torch.zeros(5), torch.ones(5) - 1e-5)
     torch.testing.assert_close(layer(x).double(), expected.y, rtol=0, atol=1e-5)

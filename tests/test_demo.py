@@ -108,9 +108,17 @@ def test_a_run_says_how_long_it_takes_and_ends_in_one_line_when_interrupted(
     monkeypatch.setattr(demo, "train_all", interrupted)
     with pytest.raises(SystemExit, match=r"^demo: interrupted, nothing was drawn$"):
         main(["demo", "--quick", "--seeds", "1", "--device", "cpu", "--out", str(tmp_path)])
-    assert re.search(
-        r"6 runs of 250 steps on cpu, .*; about \d+ (s|minutes)$", capsys.readouterr().out.strip()
-    )
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("6 runs of 250 steps on cpu, ")
+    assert re.fullmatch(r"This takes about \d+ (s|minutes)", second)
+
+
+@pytest.mark.parametrize("out", ["figure.txt", "file.png/figure.png"])
+def test_a_figure_that_cannot_be_saved_is_refused_before_training(demo, out, tmp_path, monkeypatch):
+    (tmp_path / "file.png").touch()
+    monkeypatch.setattr(demo, "seconds_of", lambda *args: pytest.fail("it trains"))
+    with pytest.raises(SystemExit, match=r"^demo: argument --out: "):
+        main(["demo", "--quick", "--device", "cpu", "--out", str(tmp_path / out)])
 
 
 def test_where_nobody_watches_a_bar_is_a_line_a_minute(monkeypatch, capsys):

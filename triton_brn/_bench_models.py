@@ -28,7 +28,7 @@ from ._bench_measure import (
     stamp,
     wall_clock,
 )
-from ._bench_peers import LIMITS, OURS, PlainBatchRenorm
+from ._bench_peers import LIMITS, OURS, EagerBatchRenorm
 from ._bench_plans import joined, plans_of
 from .convert import convert_batchnorm
 from .modules import BatchRenorm2d
@@ -83,7 +83,7 @@ def with_plain(module: nn.Module) -> nn.Module:
     """Every BatchNorm2d replaced by batch renorm in plain PyTorch."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, PlainBatchRenorm(child.num_features))
+            setattr(module, name, EagerBatchRenorm(child.num_features))
         else:
             with_plain(child)
     return module

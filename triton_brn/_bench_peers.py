@@ -20,7 +20,7 @@ LIMITS: dict[str, Any] = {"r_max": 3.0, "d_max": 5.0}
 Call = Callable[[], object]
 
 
-class PlainBatchRenorm(nn.Module):
+class EagerBatchRenorm(nn.Module):
     """Algorithm 1 as one writes it in PyTorch: what users have today, and what torch.compile gets."""
 
     running_mean: Tensor
@@ -84,7 +84,7 @@ def _ours(shape: Sequence[int]) -> nn.Module:
 
 
 def _plain(shape: Sequence[int]) -> nn.Module:
-    return PlainBatchRenorm(shape[1])
+    return EagerBatchRenorm(shape[1])
 
 
 def _torchrl(shape: Sequence[int]) -> nn.Module:

@@ -27,6 +27,13 @@ COLOURS = {"BN": "#D55E00", "BRN": "#0072B2"}  # Okabe and Ito: told apart by th
 INK, FAINT = "#222222", "#767676"
 
 
+def check_format(path: Path) -> None:
+    """Raise ValueError unless a figure can be saved in the format that the file name asks for."""
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(f"expected a name that ends with .{', .'.join(sorted(formats))}, got {path}")
+
+
 def draw(curves: dict[Run, list[float]], path: Path) -> None:
     """Save the figure; the format is the file name's."""
     steps, seeds = next(iter(curves)).steps, len({run.seed for run in curves})

@@ -142,8 +142,8 @@ _CURE = (
     " layers that shall not learn there belong in eval mode."
 )
 _MISSING = (
-    "batch_renorm: a training call inside {} is none that the first pass made with these running statistics:"
-    " its numbers cannot be those of the first. " + _CURE
+    "batch_renorm: the recomputation inside {} calls a layer in training that its first pass did not call, or"
+    " more often: there are no statistics of a first pass to take. " + _CURE
 )
 _OTHER = (
     "batch_renorm: a training call inside {} has another input than in the first pass: expected {} of {},"

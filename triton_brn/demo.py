@@ -152,27 +152,28 @@ def run_demo(
         SystemExit: packages of the extra ``demo`` are missing, or the run was interrupted.
     """
     progress.require("demo", EXTRAS)
-    from ._demo_plot import draw
+    from ._demo_plot import check_format, draw
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     figure = Path(out)
     if not figure.suffix:
         figure = figure / "demo.png"
-    figure.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        check_format(figure)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"demo: argument --out: {error}") from None
     steps = QUICK_STEPS if quick else STEPS
     # The longest runs first, so that the processes end together.
     order = [(setting, method) for method in reversed(METHODS) for setting in reversed(SETTINGS)]
     runs = [Run(setting, method, seed, steps, device) for setting, method in order for seed in range(seeds)]
     processes = min(torch.get_num_threads(), MOST_PROCESSES, len(runs)) if device == "cpu" else 1
-    where = f"{processes} processes" if device == "cpu" else "one after the other"
+    where = f"{processes} process{'es' * (processes > 1)}" if device == "cpu" else "one after the other"
     code = "the Triton kernels" if uses_triton(torch.device(device)) else "plain PyTorch"
     start = time.perf_counter()
+    print(f"{len(runs)} runs of {steps} steps on {device}, {where}; Batch Renorm by {code}", flush=True)
     try:
-        about = progress.minutes(seconds_of(runs, processes))
-        print(
-            f"{len(runs)} runs of {steps} steps on {device}, {where}; Batch Renorm by {code}; about {about}",
-            flush=True,
-        )
+        print(f"This takes about {progress.minutes(seconds_of(runs, processes))}", flush=True)
         curves = train_all(runs, processes)
     except KeyboardInterrupt:
         raise SystemExit("demo: interrupted, nothing was drawn") from None

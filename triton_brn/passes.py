@@ -15,22 +15,25 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-#: Rows of x and dy that torch's kernels take at once: random numbers lose 1.5e-6 there (measured, as below).
+# "Loses": the error of a channel's float32 sum, over the sum of its terms' magnitudes (measured, 2026-11).
+
+#: Maximum rows that one call of torch's kernels sums as they are. Random numbers lose 1.5e-6.
 AT_ONCE = 512
-#: Rows in a running sum else. Random numbers lose 7e-7 there, equal ones 2e-6 at worst.
+#: Rows of a part where there are more. Random numbers lose 7e-7, equal ones at most 2e-6.
 RUN = 128
-#: From so many elements on memory is what takes time, and fewer, longer parts, of ``LONG`` elements, are
-#: quicker. Random numbers lose 1e-6 there, equal ones 3e-5: where many are equal the runs are short.
+#: Minimum elements of x for longer parts, of ``LONG`` elements: there memory is what takes time, and fewer
+#: parts are quicker. Random numbers lose 1e-6, equal ones 3e-5: where neighbours are equal, parts stay short.
 LARGE, LONG = 2**19, 2**19
-#: Rows up to which torch's own backward is exact enough if none are equal, and may be: ``sums_stay_small``.
+#: Minimum and maximum rows for which torch's own backward serves large inputs without parts, if a sample of
+#: dy has both signs and no equal neighbours, see ``sums_stay_small``.
 FEW_ROWS, MOST_ROWS = 2**11, 2**17
-#: Elements of a view's row, where C is less. Four vectors of so many fit in the first cache; long runs are
-#: quickest by the second.
+#: Elements of a part's row: C, or as many channels' copies side by side. WIDTH: four vectors of them fit in
+#: the first cache (short parts). NARROW: what long parts, which the second cache holds, are quickest with.
 WIDTH, NARROW = 1024, 128
-#: Elements of a map that torch's kernel takes at once in the backward, in 8 or 16 lanes; of one without equal
-#: neighbours eight times as many.
+#: Maximum elements of a map that torch's backward sums at once, in 8 or 16 lanes; eight times as many where
+#: no neighbours are equal.
 LONGEST = 4096
-#: Channels from which addcmul, whose inner loop they are, takes rows as they come.
+#: Minimum channels for addcmul to take rows as they are: its inner loop runs over channels.
 CHANNELS = 32
 
 
