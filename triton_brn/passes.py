@@ -21,9 +21,10 @@ aten = torch.ops.aten
 AT_ONCE = 512
 #: Rows of a part where there are more. Random numbers lose 7e-7, equal ones at most 2e-6.
 RUN = 128
-#: Minimum elements of x for longer parts, of ``LONG`` elements: there memory is what takes time, and fewer
-#: parts are quicker. Random numbers lose 1e-6, equal ones 3e-5: where neighbours are equal, parts stay short.
-LARGE, LONG = 2**19, 2**19
+#: Minimum elements of x for longer parts: memory is what takes time there, and fewer parts are quicker. They
+#: have LONG[0] elements, up to LONG[1] where x is eight such parts. Random numbers lose 1e-6, equal ones
+#: 3e-5: where neighbours are equal, parts stay short.
+LARGE, LONG = 2**19, (2**19, 2**21)
 #: Minimum and maximum rows for which torch's own backward serves large inputs without parts, if a sample of
 #: dy has both signs and no equal neighbours, see ``sums_stay_small``.
 FEW_ROWS, MOST_ROWS = 2**11, 2**17
@@ -76,19 +77,19 @@ def moments_of_planes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def moments_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Of (M, C), by the same formula."""
     count, c = rows.shape
-    run, width = (RUN, WIDTH) if has_short_runs(rows, zeros=True) else long_run(c, 2 * NARROW)
+    run, width = (RUN, WIDTH) if has_short_runs(rows, zeros=True) else long_run(rows, 2 * NARROW)
     means, variances, shares = [], [], []
     for (part,) in backwards(parts((rows,), run, width)):
         mean, var = torch.batch_norm_update_stats(part, None, None, 1.0)  # type: ignore[call-arg]
-        means.append(mean.view(-1, c))
-        variances.append(var.view(-1, c))
-        shares += [len(part) / count] * len(means[-1])
-    groups = torch.cat(means)
+        means.append(mean)
+        variances.append(var)
+        shares += [len(part) / count] * (part.shape[1] // c)
+    groups = torch.cat(means).view(-1, c)
     if len(groups) > 64:
         groups = groups.double()
     share = torch.tensor(shares, dtype=groups.dtype).unsqueeze_(0)
     exact = share @ groups
-    var = share @ groups.sub_(exact).square_().add_(torch.cat(variances))
+    var = share @ groups.sub_(exact).square_().add_(torch.cat(variances).view(-1, c))
     return exact[0].to(rows.dtype), var[0].to(rows.dtype)
 
 
@@ -102,10 +103,10 @@ def sums(dy: Tensor, dense: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor,
     if len(rows) <= AT_ONCE:
         return _sums(dy, rows, mean, rstd)
     c, repeated, groups = rows.shape[1], Repeated(mean, rstd), []
-    run, width = (RUN, WIDTH) if has_short_runs(dy, zeros=False) else long_run(c, NARROW)
+    run, width = (RUN, WIDTH) if has_short_runs(dy, zeros=False) else long_run(rows, NARROW)
     for dy_part, part in backwards(parts((dy, rows), run, width)):
-        groups.append([v.view(-1, c) for v in _sums(dy_part, part, *repeated(part.shape[1] // c))])
-    products, totals = (torch.cat(g).sum(0) for g in zip(*groups, strict=True))
+        groups.append(_sums(dy_part, part, *repeated(part.shape[1] // c)))
+    products, totals = (torch.cat(g).view(-1, c).sum(0) for g in zip(*groups, strict=True))
     return products, totals
 
 
@@ -114,8 +115,10 @@ def has_short_runs(rows: Tensor, zeros: bool) -> bool:
     return rows.numel() < LARGE or has_equals(sample(rows, 17), zeros)
 
 
-def long_run(channels: int, width: int) -> tuple[int, int]:
-    return LONG // max(channels, width), width
+def long_run(rows: Tensor, width: int) -> tuple[int, int]:
+    """Rows and elements of a row of long parts of (M, C)."""
+    elements = min(max(LONG[0], rows.numel() // 8), LONG[1])
+    return elements // max(rows.shape[1], width), width
 
 
 def has_equals(some: Tensor, zeros: bool) -> bool:
@@ -124,7 +127,7 @@ def has_equals(some: Tensor, zeros: bool) -> bool:
     equal = some[:, 1:] == some[:, :-1]
     if not zeros:
         equal.logical_and_(some[:, 1:])
-    return bool((equal.flatten(0, 1).sum(0) > 0.05 * equal.shape[0] * equal.shape[1]).any())
+    return int(equal.sum((0, 1)).max()) > 0.05 * equal.shape[0] * equal.shape[1]
 
 
 def sample(rows: Tensor, length: int) -> Tensor:
@@ -203,7 +206,7 @@ def combined(dy: Tensor, dense: Tensor, a: Tensor, k: Tensor, c: Tensor) -> Tens
     return out
 
 
-def parts(tensors: tuple[Tensor, ...], run: int, width: int) -> Iterator[list[Tensor]]:
+def parts(tensors: tuple[Tensor, ...], run: int, width: int) -> Iterator[tuple[Tensor, ...]]:
     """Views of rows (M, C), the same of each: at most ``run`` long, with several rows side by side, as many
     as ``width`` holds if they are many enough.
 
@@ -212,13 +215,12 @@ def parts(tensors: tuple[Tensor, ...], run: int, width: int) -> Iterator[list[Te
     count, c = tensors[0].shape
     side = max(min(width // c, -(-count // run)), 1) if run < count else max(width // c, 1)
     whole = count - count % side
-    for i in range(0, whole, run * side):
-        yield [t[i : min(i + run * side, whole)].view(-1, side * c) for t in tensors]
+    yield from zip(*(t[:whole].view(-1, side * c).split(run) for t in tensors), strict=True)
     if whole < count:
-        yield [t[whole:].view(1, -1) for t in tensors]
+        yield tuple(t[whole:].view(1, -1) for t in tensors)
 
 
-def backwards(views: Iterator[list[Tensor]]) -> Iterator[list[Tensor]]:
+def backwards(views: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
     """The last part first: the pass that comes after finds the first in the caches."""
     return reversed(list(views))
 
