@@ -52,8 +52,8 @@ class Budget:
         self.start = perf_counter()
 
     def estimate(self, timers: int) -> float:
-        """Seconds that the run takes, about: unless there is a limit, what each direction may take, and as
-        much again for making the contestants of small inputs ready."""
+        """Seconds that the run takes, about: unless there is a limit, what each direction may take, and a
+        fifth more for making its contestants ready."""
         most = self.directions * timers * self.most.seconds * 1.2 + self.compiling.seconds
         return most if self.seconds is None else min(most, self.seconds)
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import planner
+from . import planner, progress
 from .backend import obstacle, uses_triton, without_autotuning
 from .modules import _BatchRenorm
 from .tuning_table import DIRECTIONS
@@ -239,8 +239,8 @@ def bar(total: int, shown: bool) -> Iterator[Any]:
         yield _NoBar()
         return
     try:
-        from tqdm import tqdm
+        made = progress.bar(total, "call")
     except ImportError as error:
-        raise ImportError("a progress bar needs tqdm: pip install 'triton_brn[tune]'") from error
-    with tqdm(total=total, unit="call") as progress:
-        yield progress
+        raise ImportError(f"a progress bar needs tqdm: {progress.how_to_install('tune')}") from error
+    with made as drawn:
+        yield drawn

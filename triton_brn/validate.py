@@ -14,7 +14,6 @@ from .ramp import is_number
 #: The dtypes of inputs, by their names on the command line.
 NAMED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 DTYPES = tuple(NAMED_DTYPES.values())
-_STATISTICS = {dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in DTYPES}
 _STRIDED = torch.strided
 _VECTOR = (1,)  # the strides of a dense vector
 HALVES = (torch.float16, torch.bfloat16)
@@ -25,6 +24,9 @@ AVERAGES = get_args(Average)
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a tensor of ``dtype`` is summed, and its statistics are kept."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+_STATISTICS = {dtype: statistics_dtype(dtype) for dtype in DTYPES}
 
 
 def check_numbers(momentum: float | None, eps: float, running_average: str) -> None:
